@@ -1,0 +1,94 @@
+"""Keys: ordered lists of named parts, and the digest of the translator's own sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRANSLATOR_FOLDERS = ("plan", "ops", "calls", "rewrites", "host")
+
+_Stamp = tuple[tuple[str, int, int], ...]
+_translators: dict[tuple[str, tuple[str, ...]], tuple[_Stamp, str]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a stored program depends on, part by part; two keys are equal when every part is.
+
+    `digest` is the sha256 (hex) of the parts, each name and value preceded by its length, so that no two lists of
+    parts share an encoding.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    digest: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a key names each of its parts once, got {names}")
+        object.__setattr__(self, "digest", hashlib.sha256(_encode(self.parts)).hexdigest())
+
+    def __getitem__(self, name: str) -> str:
+        return dict(self.parts)[name]
+
+    def differences(self, other: Key) -> tuple[tuple[str, str | None, str | None], ...]:
+        """The parts that differ, as (name, here, there); None where a side lacks the part."""
+        here, there = dict(self.parts), dict(other.parts)
+        names = dict.fromkeys((*here, *there))
+        return tuple((n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n))
+
+
+def key(*parts: tuple[str, str | bytes]) -> Key:
+    """A key of named parts; a value given as bytes (a module, say) enters as `sha256:<hex>`."""
+    return Key(tuple((name, _text(value)) for name, value in parts))
+
+
+def constant_digest(data: bytes | bytearray | memoryview) -> str:
+    """The name under which a constant is stored: the sha256 (hex) of its bytes, which must be contiguous."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def translator_digest(package_dir: Path, folders: tuple[str, ...] = TRANSLATOR_FOLDERS) -> str:
+    """The digest of the Python sources (names and bytes) below `folders` of `package_dir`.
+
+    Read live, so that an edited lowering in an editable install is another translator; a second call in one process
+    reads only names, times and sizes. Folders that do not exist count as empty.
+    """
+    files = sorted(_sources(package_dir, folders))
+    stamp = tuple((name, info.st_mtime_ns, info.st_size) for name, info in files)
+    memo = (os.fspath(package_dir), folders)
+    known = _translators.get(memo)
+    if known is None or known[0] != stamp:
+        known = (stamp, _digest_of_sources(package_dir, [name for name, _ in files]))
+        _translators[memo] = known
+    return known[1]
+
+
+def _encode(parts: tuple[tuple[str, str], ...]) -> bytes:
+    texts = [text.encode("utf-8", "surrogatepass") for part in parts for text in part]
+    return b"".join(b"%d:%b" % (len(text), text) for text in texts)
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else f"sha256:{hashlib.sha256(value).hexdigest()}"
+
+
+def _sources(package_dir: Path, folders: tuple[str, ...]) -> Iterator[tuple[str, os.stat_result]]:
+    root = os.fspath(package_dir)
+    for folder in folders:
+        for place, _, names in os.walk(os.path.join(root, folder)):
+            for name in names:
+                if name.endswith(".py"):
+                    path = os.path.join(place, name)
+                    yield os.path.relpath(path, root), os.stat(path)
+
+
+def _digest_of_sources(package_dir: Path, names: list[str]) -> str:
+    total = hashlib.sha256()
+    for name in names:
+        source = (package_dir / name).read_bytes()
+        total.update(_encode(((name.replace(os.sep, "/"), hashlib.sha256(source).hexdigest()),)))
+    return total.hexdigest()

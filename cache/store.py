@@ -1,0 +1,454 @@
+"""The store: get and put programs by key, for many processes at once, never raising because of what is on the disk.
+
+Whatever is wrong with the folder or a file is a miss, with one log line. Complete files appear by rename only, so
+readers need no locks, and nothing on the reading side ever deletes: a damaged file is replaced by the next `put`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax_mps.cache import eviction, paths
+from jax_mps.cache.entry import (
+    Alias,
+    Damaged,
+    Entry,
+    Header,
+    Json,
+    decode_alias,
+    decode_entry,
+    decode_header,
+    encode_alias,
+    encode_entry,
+    header_bytes,
+    is_digest,
+)
+from jax_mps.cache.files import Buffer, read_whole, remove, touch, write_atomic
+from jax_mps.cache.fingerprint import Key, constant_digest
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_BYTES = 5 << 30
+GRACE = 3600  # seconds: how exact recency is, and how long an unreferenced or temporary file is left alone
+_MOST = 1 << 31  # bytes of an entry; more is no translated program
+_HEAD = 1 << 14  # bytes read to list an entry; nearly every header fits
+
+_Write = Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One stored entry as the command line sees it: its verified head, without its blobs."""
+
+    digest: str
+    header: Header
+    used: float  # seconds since the epoch, exact to an hour
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in the folder that `verify` found wrong."""
+
+    path: str
+    what: str
+
+
+class Store:
+    """A cache folder, opened at the first use. No method raises because of the state of the disk."""
+
+    def __init__(self, folder: Path | None = None, *, max_bytes: int | None = None) -> None:
+        self._off = "turned off by JAX_MPS_CACHE" if folder is None and paths.turned_off() else None
+        root = folder if folder is not None else paths.cache_folder()
+        if root is None and self._off is None:
+            self._off = "there is no home folder to put it in; JAX_MPS_CACHE_DIR can name another"
+        self.root = Path(os.path.abspath(root)) if root is not None else Path(os.devnull)
+        self._at = f"{self.root}/{paths.FORMAT}"
+        self._max_bytes = max_bytes if max_bytes is not None else paths.max_bytes_asked()
+        self._readable = False
+        self._writable = False
+        self._said: set[str] = set()
+        self._names = 0
+        self.counts = {"hits": 0, "misses": 0}
+
+    @property
+    def unusable(self) -> str | None:
+        """Why nothing can be read or stored, as a sentence; None when the folder is usable or can be made."""
+        if self._off is None and not self._readable:
+            try:
+                reason = paths.distrust(self.root)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                reason = f"{self.root} cannot be used: {error.strerror or error}"
+            self._refuse(reason)
+        return self._off
+
+    @property
+    def max_bytes(self) -> int:
+        """The cap: as asked for, or 5 GiB or a tenth of the room that is free or ours, whichever is less."""
+        if self._max_bytes is None:
+            ours = (self._tally.get() or 0) * eviction.BLOCK
+            try:
+                self._max_bytes = min(DEFAULT_MAX_BYTES, (_free(self.root) + ours) // 10)
+            except OSError:
+                return DEFAULT_MAX_BYTES
+        return self._max_bytes
+
+    def get_alias(self, raw: Key) -> Alias | None:
+        """Where the program with this raw key leads; None if that is not known."""
+        if self._closed():
+            return None
+        path = self._file("aliases", raw.digest)
+        try:
+            data, info = read_whole(path, limit=_MOST)
+            alias = decode_alias(data, raw.digest)
+        except FileNotFoundError:
+            return None
+        except (OSError, MemoryError, Damaged) as error:
+            self._odd(path, error)
+            return None
+        if _is_stale(info):
+            touch(path)
+        return alias
+
+    def put_alias(self, raw: Key, alias: Alias) -> bool:
+        """Remember where a raw program leads; whether that was stored. `extra` must be JSON."""
+        return self._storing(
+            raw.digest,
+            lambda: self._write("aliases", raw.digest, [encode_alias(raw, alias)]),
+        )
+
+    def get(self, key: Key) -> Entry | None:
+        """The entry stored under `key`, verified whole; None if there is none, or if anything about it is odd."""
+        entry = None if self._closed() else self._read_entry(key)
+        self.counts["misses" if entry is None else "hits"] += 1
+        return entry
+
+    def put(
+        self,
+        key: Key,
+        manifest: Json,
+        files: Mapping[str, Buffer | Path],
+        constants: Mapping[str, Buffer],
+    ) -> bool:
+        """Store a program under `key`, replacing what is there; whether it was stored.
+
+        manifest: a JSON object. files: name -> bytes, or a path that is read now and left in place. constants:
+        constant_digest(data) -> data, contiguous. Raises ValueError or TypeError for a manifest, a name or a digest
+        that is wrong in itself.
+        """
+        return self._storing(key.digest, lambda: self._put(key, manifest, files, constants))
+
+    def entries(self) -> Iterator[Listing]:
+        """Every readable entry, in no useful order; damaged ones are left to `verify`."""
+        for path, info in self._scan("entries"):
+            try:
+                header = _read_header(path)
+            except (OSError, Damaged):
+                continue
+            if header.key.digest == os.path.basename(path):
+                yield Listing(header.key.digest, header, info.st_mtime, info.st_size)
+
+    def aliases(self) -> Iterator[tuple[str, Alias]]:
+        """Every readable alias, with the digest of its raw key."""
+        for path, _ in self._scan("aliases"):
+            try:
+                yield os.path.basename(path), _read_alias(path)
+            except (OSError, Damaged):
+                continue
+
+    def usage(self) -> dict[str, eviction.Usage]:
+        """Files and 4 KiB blocks in use, by kind, measured."""
+        return eviction.usage(self._at)
+
+    def remove(self, digest: str) -> bool:
+        """Remove one entry; whether it was there. Its aliases lead nowhere from then on, which is a miss."""
+        return is_digest(digest) and remove(self._file("entries", digest))
+
+    def evict(self, max_bytes: int) -> int:
+        """Remove the least recently used files until at most `max_bytes` are left; how many files went."""
+        if self._closed():
+            return 0
+        removed, left = eviction.shrink(self._at, max_bytes // eviction.BLOCK)
+        self._tally.set(left)
+        return removed
+
+    def collect(self) -> int:
+        """Remove constants that no entry uses and aliases that lead nowhere, unless they are new; how many went."""
+        used, present = self._references()
+        doomed = [p for p, i in self._scan("constants") if os.path.basename(p) not in used and _is_stale(i)]
+        for path, info in self._scan("aliases"):
+            try:
+                lost = _read_alias(path).digest not in present
+            except (OSError, Damaged):
+                lost = True
+            if lost and _is_stale(info):
+                doomed.append(path)
+        return sum(map(remove, doomed))
+
+    def verify(self, *, repair: bool = False) -> list[Problem]:
+        """Read everything and check it; what is wrong. `repair` removes those files, so that they are misses."""
+        problems = [p for kind in eviction.KINDS for p in self._problems(kind)]
+        if repair:
+            for problem in problems:
+                remove(problem.path)
+        return problems
+
+    def clear(self) -> int:
+        """Remove everything stored, by one rename, so that other processes see all or nothing; bytes that were used.
+
+        Raises Refused if the folder is not ours, OSError if it cannot be changed.
+        """
+        self._require_ours()
+        import shutil  # here and below: 5 ms that most processes never need
+
+        freed = sum(u.blocks for u in self.usage().values()) * eviction.BLOCK
+        self._readable = self._writable = False
+        for name in os.listdir(self.root):
+            if name.isdigit():
+                os.rename(self.root / name, self.root / f".trash-{_unique()}")
+        for name in os.listdir(self.root):
+            if name.startswith(".trash-"):
+                shutil.rmtree(self.root / name, ignore_errors=True)
+        return freed
+
+    def save_counts(self) -> None:
+        """Add this process's hits and misses to the folder's, for `jax-mps cache info`; call it once, at exit."""
+        counts, self.counts = self.counts, dict.fromkeys(self.counts, 0)
+        if self._readable and any(counts.values()):
+            self._storing("hits and misses", lambda: self._add_counts(counts))
+
+    def saved_counts(self) -> dict[str, int]:
+        """Hits and misses of all processes that have ended, since the cache was cleared."""
+        return {name: eviction.Tally(f"{self._at}/{name}").get() or 0 for name in self.counts}
+
+    @property
+    def _tally(self) -> eviction.Tally:
+        return eviction.Tally(f"{self._at}/blocks")
+
+    def _file(self, kind: str, digest: str) -> str:
+        return f"{self._at}/{kind}/{digest[:2]}/{digest}"
+
+    def _scan(self, kind: str) -> Iterator[tuple[str, os.stat_result]]:
+        return iter(()) if self._closed() else eviction.scan(f"{self._at}/{kind}")
+
+    def _closed(self) -> bool:
+        return not self._readable and self.unusable is not None
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason is None:
+            self._readable = True
+            return
+        self._off = reason
+        log.warning("running without the disk cache: %s", reason)
+
+    def _open(self) -> bool:
+        if not self._writable and self.unusable is None:
+            self._refuse(paths.prepare(self.root))
+            if self._off is None:
+                for name in ("", "/tmp", *(f"/{kind}" for kind in eviction.KINDS)):
+                    os.makedirs(self._at + name, mode=0o700, exist_ok=True)
+                self._drop_leftovers()
+                self._writable = True
+        return self._writable
+
+    def _drop_leftovers(self) -> None:
+        with os.scandir(f"{self._at}/tmp") as found:
+            for file in found:
+                if _is_stale(file.stat(follow_symlinks=False)):
+                    remove(file.path)
+
+    def _storing(self, what: str, write: _Write) -> bool:
+        try:
+            if not self._open():
+                return False
+            try:
+                self._grow(write())
+            except FileNotFoundError:  # another process has cleared the cache: once more, from the start
+                self._writable = False
+                if not self._open():
+                    return False
+                self._grow(write())
+        except (OSError, MemoryError) as error:
+            self._say(
+                "store",
+                "cannot store %s in the disk cache (%s); going on without",
+                what[:12],
+                error,
+            )
+            return False
+        return True
+
+    def _put(
+        self,
+        key: Key,
+        manifest: Json,
+        files: Mapping[str, Buffer | Path],
+        constants: Mapping[str, Buffer],
+    ) -> int:
+        blobs = {name: data.read_bytes() if isinstance(data, Path) else data for name, data in files.items()}
+        sizes = {digest: memoryview(data).nbytes for digest, data in constants.items()}
+        chunks = encode_entry(key, manifest, blobs, sizes)
+        if sum(memoryview(c).nbytes for c in chunks) + sum(sizes.values()) > self.max_bytes // 2:
+            self._say(
+                "big",
+                "%s would fill more than half of the disk cache and is not stored",
+                key.digest[:12],
+            )
+            return 0
+        written = sum(self._put_constant(digest, data) for digest, data in constants.items())
+        return written + self._write("entries", key.digest, chunks)
+
+    def _put_constant(self, digest: str, data: Buffer) -> int:
+        if constant_digest(data) != digest:
+            raise ValueError(f"a constant was given the digest {digest}, which is not its own")
+        path = self._file("constants", digest)
+        try:
+            self._load_constant(digest, memoryview(data).nbytes)
+        except Damaged:
+            return self._write("constants", digest, [data])
+        touch(path)
+        return 0
+
+    def _write(self, kind: str, digest: str, chunks: Iterable[Buffer]) -> int:
+        temporary = f"{self._at}/tmp/{_unique()}"
+        return eviction.blocks(write_atomic(self._file(kind, digest), chunks, temporary=temporary))
+
+    def _grow(self, amount: int) -> None:
+        total = self._tally.add(amount) if amount else 0
+        if total is None:
+            total = sum(u.blocks for u in self.usage().values())
+            self._tally.set(total)
+        if total * eviction.BLOCK > self.max_bytes:
+            with eviction.try_lock(f"{self._at}/lock") as mine:
+                if mine:
+                    self.evict(int(self.max_bytes * eviction.LOW_WATER))
+
+    def _read_entry(self, key: Key) -> Entry | None:
+        path = self._file("entries", key.digest)
+        try:
+            data, info = read_whole(path, limit=_MOST)
+            entry = decode_entry(data, self._load_constant)
+            if entry.key != key:
+                raise Damaged("it was stored under another key")
+            self._check_constants(entry, refresh=_is_stale(info))
+        except FileNotFoundError:
+            return None
+        except (OSError, MemoryError, Damaged) as error:
+            self._odd(path, error)
+            return None
+        if _is_stale(info):
+            touch(path)
+        return entry
+
+    def _check_constants(self, entry: Entry, *, refresh: bool) -> None:
+        for digest, size in entry.constants.items():
+            path = self._file("constants", digest)
+            info = os.lstat(path)  # FileNotFoundError: evicted, a plain miss
+            if info.st_size != size:
+                raise Damaged(f"its constant {digest} has {info.st_size} bytes instead of {size}")
+            if refresh or _is_stale(info):
+                touch(path)
+
+    def _load_constant(self, digest: str, size: int) -> bytes:
+        try:
+            data, _ = read_whole(self._file("constants", digest))
+        except OSError as error:
+            raise Damaged(f"constant {digest} cannot be read: {error.strerror or error}") from error
+        if len(data) != size or constant_digest(data) != digest:
+            raise Damaged(f"constant {digest} does not match its checksum")
+        return data
+
+    def _odd(self, path: str, error: BaseException) -> None:
+        self._say(path, "ignoring %s in the disk cache: %s", path, error)
+
+    def _say(self, once: str, text: str, *args: object) -> None:
+        level = logging.DEBUG if once in self._said or len(self._said) > 20 else logging.WARNING
+        self._said.add(once)
+        log.log(level, text, *args)
+
+    def _references(self) -> tuple[set[str], set[str]]:
+        used: set[str] = set()
+        present: set[str] = set()
+        for listing in self.entries():
+            used.update(listing.header.constants)
+            present.add(listing.digest)
+        return used, present
+
+    def _problems(self, kind: str) -> Iterator[Problem]:
+        check = {
+            "entries": self._check_entry,
+            "aliases": _read_alias,
+            "constants": _check_constant,
+        }[kind]
+        for path, _ in self._scan(kind):
+            try:
+                if not is_digest(os.path.basename(path)):
+                    raise Damaged("it has a name that we do not give")
+                check(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, MemoryError, Damaged) as error:
+                yield Problem(path, str(error))
+
+    def _check_entry(self, path: str) -> None:
+        entry = decode_entry(read_whole(path)[0], self._load_constant)
+        if entry.key.digest != os.path.basename(path):
+            raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
+        for digest in entry.constants:
+            entry.constant(digest)
+
+    def _require_ours(self) -> None:
+        if not self.root.exists():
+            raise paths.Refused(f"{self.root} does not exist")
+        reason = paths.distrust(self.root)
+        if reason is None and not paths.is_tagged(self.root):
+            reason = f"{self.root} has no {paths.TAG}, so it is no cache of ours"
+        if reason is not None:
+            raise paths.Refused(reason)
+
+    def _add_counts(self, counts: Mapping[str, int]) -> int:
+        for name, amount in counts.items():
+            tally = eviction.Tally(f"{self._at}/{name}")
+            if tally.add(amount) is None:
+                tally.set(amount)
+        return 0
+
+
+def _free(folder: Path) -> int:
+    info = os.statvfs(folder)
+    return info.f_bavail * info.f_frsize
+
+
+def _unique() -> str:
+    return f"{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _is_stale(info: os.stat_result) -> bool:
+    return abs(time.time() - info.st_mtime) > GRACE  # in the future as well, after a clock jump
+
+
+def _read_header(path: str) -> Header:
+    head, info = read_whole(path, limit=_HEAD)
+    wanted = header_bytes(head)
+    if wanted > len(head):
+        head, info = read_whole(path, limit=wanted)
+    header = decode_header(head)
+    if header.size != info.st_size:
+        raise Damaged(f"holds {info.st_size} bytes instead of {header.size}")
+    return header
+
+
+def _read_alias(path: str) -> Alias:
+    return decode_alias(read_whole(path, limit=_MOST)[0], os.path.basename(path))
+
+
+def _check_constant(path: str) -> None:
+    if constant_digest(read_whole(path)[0]) != os.path.basename(path):
+        raise Damaged("it does not match its checksum")
