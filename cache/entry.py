@@ -151,6 +151,11 @@ def header_bytes(prefix: bytes) -> int:
     return _PREFIX.size + _unpack(prefix)[0]
 
 
+def file_bytes(prefix: bytes) -> int:
+    """How many bytes the file says it has. Raises Damaged if it is no entry."""
+    return _unpack(prefix)[1]
+
+
 def decode_header(data: bytes) -> Header:
     """The head of an entry, verified on its own; the blobs need not be there. Raises Damaged."""
     length, total, digest = _unpack(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 Buffer = bytes | bytearray | memoryview
@@ -61,10 +62,8 @@ def remove(path: str | Path) -> bool:
 
 def touch(path: str | Path) -> None:
     """Set a file's times to now, if it is there and may be changed."""
-    try:
+    with suppress(OSError):  # recency is advice to eviction; a read-only cache works without it
         os.utime(path)
-    except OSError:
-        pass  # recency is advice to eviction; a read-only cache works without it
 
 
 def _read(handle: int, size: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 FORMAT = 1  # of the folder, the entries and the aliases; a change of any of them is a new number and a new sub-folder
@@ -101,10 +102,8 @@ def _distrust_parent(parent: Path) -> str | None:
 
 
 def _mkdir(folder: Path) -> None:
-    try:
+    with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
 
 
 def _tag(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ from jax_mps.cache.entry import (
     decode_header,
     encode_alias,
     encode_entry,
+    file_bytes,
     header_bytes,
     is_digest,
 )
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 5 << 30
 GRACE = 3600  # seconds: how exact recency is, and how long an unreferenced or temporary file is left alone
-_MOST = 1 << 31  # bytes of an entry; more is no translated program
 _HEAD = 1 << 14  # bytes read to list an entry; nearly every header fits
+_FIRST = 1 << 18  # bytes read before a file's own statement of its size is believed; an alias is smaller
+_MOST = 1 << 31  # bytes of an entry; more is no translated program
 
 _Write = Callable[[], int]
 
@@ -106,7 +108,7 @@ class Store:
             return None
         path = self._file("aliases", raw.digest)
         try:
-            data, info = read_whole(path, limit=_MOST)
+            data, info = read_whole(path, limit=_FIRST)
             alias = decode_alias(data, raw.digest)
         except FileNotFoundError:
             return None
@@ -333,7 +335,7 @@ class Store:
     def _read_entry(self, key: Key) -> Entry | None:
         path = self._file("entries", key.digest)
         try:
-            data, info = read_whole(path, limit=_MOST)
+            data, info = _read_entry_file(path)
             entry = decode_entry(data, self._load_constant)
             if entry.key != key:
                 raise Damaged("it was stored under another key")
@@ -358,7 +360,7 @@ class Store:
 
     def _load_constant(self, digest: str, size: int) -> bytes:
         try:
-            data, _ = read_whole(self._file("constants", digest))
+            data, _ = read_whole(self._file("constants", digest), limit=size + 1)
         except OSError as error:
             raise Damaged(f"constant {digest} cannot be read: {error.strerror or error}") from error
         if len(data) != size or constant_digest(data) != digest:
@@ -398,7 +400,7 @@ class Store:
                 yield Problem(path, str(error))
 
     def _check_entry(self, path: str) -> None:
-        entry = decode_entry(read_whole(path)[0], self._load_constant)
+        entry = decode_entry(_read_entry_file(path)[0], self._load_constant)
         if entry.key.digest != os.path.basename(path):
             raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
         for digest in entry.constants:
@@ -434,6 +436,15 @@ def _is_stale(info: os.stat_result) -> bool:
     return abs(time.time() - info.st_mtime) > GRACE  # in the future as well, after a clock jump
 
 
+def _read_entry_file(path: str) -> tuple[bytes, os.stat_result]:
+    data, info = read_whole(path, limit=_FIRST)
+    if info.st_size > len(data):
+        if info.st_size > _MOST or file_bytes(data) != info.st_size:
+            raise Damaged(f"it has {info.st_size} bytes, which is not what it says")
+        data, info = read_whole(path, limit=_MOST)
+    return data, info
+
+
 def _read_header(path: str) -> Header:
     head, info = read_whole(path, limit=_HEAD)
     wanted = header_bytes(head)
@@ -446,7 +457,7 @@ def _read_header(path: str) -> Header:
 
 
 def _read_alias(path: str) -> Alias:
-    return decode_alias(read_whole(path, limit=_MOST)[0], os.path.basename(path))
+    return decode_alias(read_whole(path, limit=_FIRST)[0], os.path.basename(path))
 
 
 def _check_constant(path: str) -> None:

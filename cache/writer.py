@@ -84,7 +84,7 @@ class Writer:
                 self._busy = True
             try:
                 write()
-            except Exception:  # noqa: BLE001 - a boundary: the program that runs must not suffer for what could not be stored
+            except Exception:  # a boundary: the program that runs must not suffer for what could not be stored
                 self._say("error", "the disk cache could not store a program", exc_info=True)
             finally:
                 del write
