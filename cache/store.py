@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,7 +179,8 @@ class Store:
         if self._closed():
             return 0
         removed, left = eviction.shrink(self._at, max_bytes // eviction.BLOCK)
-        self._tally.set(left)
+        with suppress(OSError):  # a folder that cannot be written, or was never made
+            self._tally.set(left)
         return removed
 
     def collect(self) -> int:
