@@ -265,8 +265,9 @@ class Store:
     def _drop_leftovers(self) -> None:
         with os.scandir(f"{self._at}/tmp") as found:
             for file in found:
-                if _is_stale(file.stat(follow_symlinks=False)):
-                    remove(file.path)
+                with suppress(FileNotFoundError):  # its writer is done
+                    if _is_stale(file.stat(follow_symlinks=False)):
+                        remove(file.path)
 
     def _storing(self, what: str, write: _Write) -> bool:
         try:
