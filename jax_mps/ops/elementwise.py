@@ -1,0 +1,300 @@
+"""Elementwise arithmetic, comparison, conversion and constants.
+
+What StableHLO defines and MLX does not is defined here: integer division by zero and of INT_MIN by -1, saturating conversions, total
+order. Complex operands whose formulas differ go to `complex`; bit operations live in `bits`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps.errors import Unsupported
+from jax_mps.ops import bits
+from jax_mps.ops import complex as complex_
+from jax_mps.ops.bits import constant as const
+from jax_mps.ops.dtypes import BITS, MX, mx_array
+from jax_mps.ops.registry import LoweredRegion, Run, elementwise, lowers, mark_elementwise
+from jax_mps.plan.types import Step
+
+FLOATS = frozenset([mx.float16, mx.bfloat16, mx.float32])
+SIGNED = frozenset([mx.int8, mx.int16, mx.int32, mx.int64])
+
+
+def is_float(x: mx.array) -> bool:
+    return x.dtype in FLOATS
+
+
+def negative(x: mx.array) -> mx.array:
+    """Whether the sign bit of a signed integer or float is set (-0.0 has it)."""
+    s = bits.signed(x)
+    return s < const(0, s.dtype)
+
+
+# ---- integer division ----------------------------------------------------------------------------------------------------------
+
+
+def divide(a: mx.array, b: mx.array) -> mx.array:
+    if a.dtype == mx.complex64:
+        return complex_.divide(a, b)
+    if is_float(a):
+        return mx.divide(a, b)
+    return _divide_integers(a, b)
+
+
+def _divide_integers(a: mx.array, b: mx.array) -> mx.array:
+    """Truncates; x / 0 is all ones (-1) and INT_MIN / -1 wraps, as XLA has it: magnitudes are divided unsigned, where neither can trap."""
+    if a.dtype not in SIGNED:
+        zero = b == const(0, b.dtype)
+        return mx.where(zero, const((1 << bits.WIDTH[a.dtype]) - 1, a.dtype), mx.floor_divide(a, mx.maximum(b, const(1, b.dtype))))
+    m, n = bits.unsigned(mx.abs(a)), bits.unsigned(mx.abs(b))
+    q = bits.signed(mx.floor_divide(m, mx.maximum(n, const(1, n.dtype))))
+    q = mx.where(negative(a ^ b), -q, q)
+    return mx.where(b == const(0, b.dtype), const(-1, a.dtype), q)
+
+
+def remainder(a: mx.array, b: mx.array) -> mx.array:
+    """The sign is the dividend's; x % 0 is x for integers, NaN for floats."""
+    if is_float(a):
+        r = mx.remainder(mx.abs(a), mx.abs(b))
+        return mx.where(negative(a), -r, r)
+    if a.dtype not in SIGNED:
+        return mx.where(b == const(0, b.dtype), a, mx.remainder(a, mx.maximum(b, const(1, b.dtype))))
+    m, n = bits.unsigned(mx.abs(a)), bits.unsigned(mx.abs(b))
+    r = bits.signed(mx.remainder(m, mx.maximum(n, const(1, n.dtype))))
+    return mx.where(b == const(0, b.dtype), a, mx.where(negative(a), -r, r))
+
+
+def power(a: mx.array, b: mx.array) -> mx.array:
+    if a.dtype == mx.complex64:
+        return complex_.power(a, b)
+    if is_float(a) or a.dtype not in SIGNED:
+        return mx.power(a, b)
+    return _power_signed(a, b)
+
+
+def _power_signed(a: mx.array, b: mx.array) -> mx.array:
+    """A negative exponent leaves only the units: 1, and -1 by parity; everything else is 0, as XLA has it."""
+    zero, one = const(0, a.dtype), const(1, a.dtype)
+    odd = (b & one) == one
+    unit = mx.where(mx.abs(a) == one, mx.where(odd, a, one), zero)
+    return mx.where(b < zero, unit, mx.power(a, mx.maximum(b, zero)))
+
+
+# ---- signs, rounding -----------------------------------------------------------------------------------------------------------
+
+
+def sign(x: mx.array) -> mx.array:
+    """MLX gives 0 for NaN and +0 for -0; both are themselves."""
+    if is_float(x):
+        return mx.where(mx.abs(x) > const(0, x.dtype), mx.sign(x), x)
+    if x.dtype == mx.complex64:
+        return complex_.sign(x)
+    return mx.sign(x)
+
+
+def round_nearest_afz(x: mx.array) -> mx.array:
+    """Halves away from zero; `floor(|x| + .5)` would round 0.49999997 up."""
+    whole = mx.floor(mx.abs(x))
+    up = mx.abs(x) - whole >= const(0.5, x.dtype)
+    y = mx.where(up, whole + const(1, x.dtype), whole)
+    return mx.where(negative(x), -y, y)
+
+
+def negate(x: mx.array) -> mx.array:
+    return mx.negative(x)
+
+
+def is_finite(x: mx.array) -> mx.array:
+    return mx.abs(x) < const(math.inf, x.dtype)
+
+
+# ---- exponentials --------------------------------------------------------------------------------------------------------------
+
+
+def _in_float32(x: mx.array) -> mx.array:
+    return x if x.dtype == mx.float32 else x.astype(mx.float32)
+
+
+def exponential(x: mx.array) -> mx.array:
+    if x.dtype == mx.complex64:
+        return complex_.exponential(x)
+    return _exp(x)
+
+
+def _exp(x: mx.array) -> mx.array:
+    return mx.exp(x)
+
+
+def cbrt(x: mx.array) -> mx.array:
+    """A power and one step of Newton's; x / y / y cannot overflow, y * y * y could."""
+    m = mx.abs(_in_float32(x))
+    y = mx.power(m, const(1 / 3, mx.float32))
+    better = y - (y - m / y / y) * const(1 / 3, mx.float32)
+    y = mx.where((m > const(0, mx.float32)) & (m < const(math.inf, mx.float32)), better, y).astype(x.dtype)
+    return mx.where(negative(x), -y, y)
+
+
+def logistic(x: mx.array) -> mx.array:
+    if x.dtype == mx.complex64:
+        return complex_.logistic(x)
+    return mx.sigmoid(x)
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------------
+
+
+def _real_or_complex(real: Run, complex_one: Run) -> Run:
+    return lambda x: complex_one(x) if x.dtype == mx.complex64 else real(x)
+
+
+elementwise(
+    {
+        "stablehlo.abs": _real_or_complex(mx.abs, complex_.abs_),
+        "stablehlo.add": mx.add,
+        "stablehlo.subtract": mx.subtract,
+        "stablehlo.multiply": mx.multiply,
+        "stablehlo.divide": divide,
+        "stablehlo.remainder": remainder,
+        "stablehlo.power": power,
+        "stablehlo.maximum": mx.maximum,
+        "stablehlo.minimum": mx.minimum,
+        "stablehlo.negate": negate,
+        "stablehlo.sign": sign,
+        "stablehlo.ceil": mx.ceil,
+        "stablehlo.floor": mx.floor,
+        "stablehlo.round_nearest_afz": round_nearest_afz,
+        "stablehlo.round_nearest_even": mx.round,
+        "stablehlo.is_finite": is_finite,
+        "stablehlo.cbrt": cbrt,
+        "stablehlo.sqrt": _real_or_complex(mx.sqrt, complex_.sqrt),
+        "stablehlo.rsqrt": _real_or_complex(mx.rsqrt, complex_.rsqrt),
+        "stablehlo.exponential": exponential,
+        "stablehlo.exponential_minus_one": _real_or_complex(mx.expm1, complex_.expm1),
+        "stablehlo.log": _real_or_complex(mx.log, complex_.log),
+        "stablehlo.log_plus_one": _real_or_complex(mx.log1p, complex_.log1p),
+        "stablehlo.logistic": logistic,
+        "stablehlo.tanh": _real_or_complex(mx.tanh, complex_.tanh),
+        "stablehlo.tan": _real_or_complex(mx.tan, complex_.tan),
+        "stablehlo.sine": _real_or_complex(mx.sin, complex_.sin),
+        "stablehlo.cosine": _real_or_complex(mx.cos, complex_.cos),
+        "stablehlo.atan2": mx.arctan2,
+        "stablehlo.select": mx.where,
+        "stablehlo.clamp": lambda low, x, high: mx.minimum(mx.maximum(x, low), high),
+    }
+)
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------------------------
+
+_DIRECTIONS = {
+    "EQ": mx.equal, "NE": mx.not_equal, "LT": mx.less, "LE": mx.less_equal, "GT": mx.greater, "GE": mx.greater_equal,
+}  # fmt: skip
+
+
+@lowers("stablehlo.compare")
+def compare(op: Step) -> Run:
+    direction = _DIRECTIONS[op.comparison_direction]
+    if op.operand.is_complex and op.comparison_direction not in ("EQ", "NE"):
+        raise Unsupported(op, "complex numbers have no order")
+    if op.compare_type == "TOTALORDER":
+        return lambda lhs, rhs: direction(total_order(lhs), total_order(rhs))
+    return direction
+
+
+def total_order(x: mx.array) -> mx.array:
+    """Integers in the order that IEEE 754 gives all floats: -NaN < -inf < ... < -0 < +0 < ... < +inf < +NaN."""
+    s = bits.signed(x)
+    magnitude = const((1 << (bits.WIDTH[x.dtype] - 1)) - 1, s.dtype)
+    return mx.where(s < const(0, s.dtype), s ^ magnitude, s)
+
+
+# ---- conversion ----------------------------------------------------------------------------------------------------------------
+
+
+@lowers("stablehlo.convert")
+def convert(op: Step) -> Run:
+    target = op.result.dtype
+    return lambda x: convert_to(x, target)
+
+
+def convert_to(x: mx.array, target: str) -> mx.array:
+    """Element type conversion as XLA's CPU backend has it: float to integer truncates, saturates and takes NaN to 0."""
+    if x.dtype == mx.complex64 and target not in ("complex64", "bool"):
+        x = mx.real(x)
+    if target == "bool":
+        return mx.not_equal(x, const(0, x.dtype))
+    if is_float(x) and not target.startswith(("float", "bfloat", "complex")):
+        return _float_to_integer(_in_float32(x), MX[target], BITS[target], target.startswith("int"))
+    return x.astype(MX[target])
+
+
+def _float_to_integer(x: mx.array, target: mx.Dtype, width: int, signed: bool) -> mx.array:
+    low = -(2 ** (width - 1)) if signed else 0
+    high = 2 ** (width - 1) - 1 if signed else 2**width - 1
+    top = float(np.nextafter(np.float32(high + 1), np.float32(0)))  # the largest float32 that the type can hold
+    x = mx.where(x == x, x, const(0, mx.float32))
+    y = mx.minimum(mx.maximum(x, const(low, mx.float32)), const(top, mx.float32)).astype(target)
+    return mx.where(x > const(top, mx.float32), const(high, target), y)
+
+
+@lowers("stablehlo.bitcast_convert")
+def bitcast_convert(op: Step) -> Run:
+    """A narrower result has one dimension more; a wider one has one less."""
+    source, target = op.operand.dtype, op.result.dtype
+    dtype = MX[target]
+    if "bool" in (source, target) and source != target:
+        raise Unsupported(op, "a bitcast of bool to or from another type")
+    if BITS[source] > BITS[target]:
+        return lambda x: x[..., None].view(dtype)
+    if BITS[source] < BITS[target]:
+        return lambda x: x.view(dtype)[..., 0]
+    return lambda x: x.view(dtype)
+
+
+@lowers("stablehlo.reduce_precision")
+def reduce_precision(op: Step) -> Run:
+    return lambda x: x
+
+
+mark_elementwise("stablehlo.compare", "stablehlo.convert", "stablehlo.bitcast_convert", "stablehlo.reduce_precision")
+
+
+# ---- constants and the rest ----------------------------------------------------------------------------------------------------
+
+
+@lowers("stablehlo.constant")
+def constant(op: Step) -> Run:
+    """A splat is a broadcast of one element: exported as an op, not as bytes."""
+    value, dtype, shape = op.value, op.result.dtype, op.result.shape
+    if value.size == 0:
+        return lambda: mx.zeros(shape, MX[dtype])
+    if value.ndim and not any(value.strides):
+        return lambda: mx.broadcast_to(mx_array(value[(0,) * value.ndim], dtype), shape)
+    return lambda: mx_array(value, dtype)
+
+
+@lowers("stablehlo.map")
+def map_(op: Step, computation: LoweredRegion) -> Run:
+    if not computation.is_elementwise:
+        raise Unsupported(op, "a computation that is not elementwise")
+    shape = op.result.shape
+    return lambda *inputs: mx.broadcast_to(computation(*inputs)[0], shape)
+
+
+@lowers("stablehlo.optimization_barrier")
+def optimization_barrier(op: Step) -> Run:
+    return lambda *operands: operands
+
+
+@lowers("stablehlo.after_all", "stablehlo.create_token")
+def after_all(op: Step) -> Run:
+    return lambda *tokens: tokens[0] if tokens else mx.array(False)
+
+
+@lowers("stablehlo.partition_id", "stablehlo.replica_id")
+def process_id(op: Step) -> Run:
+    """There is one process, number 0."""
+    return lambda: mx.array(0, dtype=mx.uint32)

@@ -1,0 +1,1 @@
+"""CHLO composites that are kept whole (being written)."""
