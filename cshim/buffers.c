@@ -1,0 +1,555 @@
+/* PJRT_Buffer: JAX's handle on a cell, with the static shape that answers for it. */
+#include <stdio.h>
+
+#include "shim.h"
+
+atomic_long buffer_count;
+atomic_llong buffer_bytes;
+
+/* By PJRT_Buffer_Type; sub-byte types travel one element a byte. */
+static const struct {
+  const char* name;
+  unsigned char size;
+} types[] = {
+    {"invalid", 0}, {"bool", 1},   {"int8", 1},       {"int16", 2},        {"int32", 4},
+    {"int64", 8},   {"uint8", 1},  {"uint16", 2},     {"uint32", 4},       {"uint64", 8},
+    {"float16", 2}, {"float32", 4}, {"float64", 8},   {"bfloat16", 2},     {"complex64", 8},
+    {"complex128", 16}, {"float8_e5m2", 1}, {"float8_e4m3fn", 1}, {"float8_e4m3b11fnuz", 1}, {"float8_e5m2fnuz", 1},
+    {"float8_e4m3fnuz", 1}, {"int4", 1}, {"uint4", 1}, {"token", 1},       {"int2", 1},
+    {"uint2", 1},   {"float8_e4m3", 1}, {"float8_e3m4", 1}, {"float8_e8m0fnu", 1}, {"float4_e2m1fn", 1},
+    {"int1", 1},    {"uint1", 1},
+};
+
+static size_t size_of(PJRT_Buffer_Type type) { return (size_t)type < COUNT_OF(types) ? types[type].size : 0; }
+
+const char* type_name(PJRT_Buffer_Type type) {
+  return (size_t)type < COUNT_OF(types) ? types[type].name : "unknown";
+}
+
+size_t describe_type(char* text, size_t size, PJRT_Buffer_Type type, const int64_t* dims, size_t ndim) {
+  int at = snprintf(text, size, "%s[", type_name(type));
+  for (size_t i = 0; i < ndim && (size_t)at < size; i++)
+    at += snprintf(text + at, size - (size_t)at, i ? ",%lld" : "%lld", (long long)dims[i]);
+  if ((size_t)at < size) at += snprintf(text + at, size - (size_t)at, "]");
+  return (size_t)at;
+}
+
+bool nbytes_of(PJRT_Buffer_Type type, const int64_t* dims, size_t ndim, size_t* nbytes) {
+  size_t size = size_of(type);
+  bool empty = false, known = size > 0;
+  for (size_t i = 0; i < ndim; i++) {
+    known = known && dims[i] >= 0;
+    empty = empty || dims[i] == 0;
+  }
+  for (size_t i = 0; i < ndim && known && !empty; i++) known = !__builtin_mul_overflow(size, (size_t)dims[i], &size);
+  *nbytes = empty ? 0 : size;
+  return known && size <= PTRDIFF_MAX;
+}
+
+PJRT_Buffer* buffer_new(PJRT_Client* client, Cell* cell, PJRT_Buffer_Type type, size_t nbytes, size_t ndim,
+                        const int64_t* dims) {
+  PJRT_Buffer* buffer = cell ? calloc(1, sizeof *buffer + ndim * sizeof *dims) : NULL;
+  if (!buffer) {
+    cell_release(cell);
+    return NULL;
+  }
+  buffer->client = client;
+  buffer->cell = cell;
+  buffer->type = type;
+  buffer->nbytes = nbytes;
+  buffer->ndim = ndim;
+  if (ndim) memcpy(buffer->dims, dims, ndim * sizeof *dims);
+  atomic_fetch_add_explicit(&buffer_count, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&buffer_bytes, (long long)nbytes, memory_order_relaxed);
+  return buffer;
+}
+
+static void free_handle(PJRT_Buffer* buffer) { free(buffer); }
+
+/* Gives the cell up unless a pointer into it is out. */
+static Cell* detach(PJRT_Buffer* buffer) {
+  if (buffer->external > 0) return NULL;
+  Cell* cell = buffer->cell;
+  buffer->cell = NULL;
+  return cell;
+}
+
+Cell* buffer_delete(PJRT_Buffer* buffer) {
+  if (atomic_exchange(&buffer->deleted, true)) return NULL;
+  atomic_fetch_sub_explicit(&buffer_count, 1, memory_order_relaxed);
+  atomic_fetch_sub_explicit(&buffer_bytes, (long long)buffer->nbytes, memory_order_relaxed);
+  return detach(buffer);
+}
+
+static PJRT_Error* error_deleted(const PJRT_Buffer* buffer) {
+  char text[256];
+  describe_type(text, sizeof text, buffer->type, buffer->dims, buffer->ndim);
+  return INVALID("the array (%s) has been deleted or donated", text);
+}
+
+/* A reference to its cell, for as long as the caller works on it. */
+static PJRT_Error* take_cell(PJRT_Buffer* buffer, bool even_deleted, Cell** cell) {
+  REFUSE_IF_CLOSED();
+  state_lock();
+  *cell = even_deleted || !atomic_load(&buffer->deleted) ? buffer->cell : NULL;
+  if (*cell) (*cell)->references++;
+  state_unlock();
+  return *cell ? NULL : error_deleted(buffer);
+}
+
+PJRT_Error* Buffer_Destroy(PJRT_Buffer_Destroy_Args* args) {
+  PJRT_Buffer* buffer = args->buffer;
+  if (!buffer || IS_CLOSED()) return NULL; /* leaked on purpose: the process ends, or is a fork */
+  state_lock();
+  Cell* cell = buffer_delete(buffer);
+  buffer->destroyed = true;
+  bool gone = buffer->external == 0;
+  bool last = cell && cell_unref(cell);
+  state_unlock();
+  if (last) cell_free(cell);
+  if (gone) free_handle(buffer);
+  return NULL;
+}
+
+PJRT_Error* Buffer_Delete(PJRT_Buffer_Delete_Args* args) {
+  if (IS_CLOSED()) { /* no error: jaxlib would abort */
+    atomic_store(&args->buffer->deleted, true);
+    return NULL;
+  }
+  state_lock();
+  Cell* cell = buffer_delete(args->buffer);
+  bool last = cell && cell_unref(cell);
+  state_unlock();
+  if (last) cell_free(cell);
+  return NULL;
+}
+
+PJRT_Error* Buffer_IsDeleted(PJRT_Buffer_IsDeleted_Args* args) {
+  args->is_deleted = atomic_load(&args->buffer->deleted);
+  return NULL;
+}
+
+PJRT_Error* Buffer_IncreaseExternalReferenceCount(PJRT_Buffer_IncreaseExternalReferenceCount_Args* args) {
+  PJRT_Buffer* buffer = args->buffer;
+  REFUSE_IF_CLOSED();
+  state_lock();
+  bool alive = buffer->cell != NULL;
+  if (alive) buffer->external++;
+  state_unlock();
+  return alive ? NULL : error_deleted(buffer);
+}
+
+PJRT_Error* Buffer_DecreaseExternalReferenceCount(PJRT_Buffer_DecreaseExternalReferenceCount_Args* args) {
+  PJRT_Buffer* buffer = args->buffer;
+  if (IS_CLOSED()) return NULL;
+  state_lock();
+  if (buffer->external <= 0) {
+    state_unlock();
+    return INVALID("the array has no external references");
+  }
+  buffer->external--;
+  Cell* cell = atomic_load(&buffer->deleted) ? detach(buffer) : NULL;
+  bool gone = buffer->destroyed && buffer->external == 0;
+  bool last = cell && cell_unref(cell);
+  state_unlock();
+  if (last) cell_free(cell);
+  if (gone) free_handle(buffer);
+  return NULL;
+}
+
+/* ---- what the handle itself knows ---- */
+PJRT_Error* Buffer_ElementType(PJRT_Buffer_ElementType_Args* args) {
+  args->type = args->buffer->type;
+  return NULL;
+}
+
+PJRT_Error* Buffer_Dimensions(PJRT_Buffer_Dimensions_Args* args) {
+  args->dims = args->buffer->dims;
+  args->num_dims = args->buffer->ndim;
+  return NULL;
+}
+
+PJRT_Error* Buffer_UnpaddedDimensions(PJRT_Buffer_UnpaddedDimensions_Args* args) {
+  args->unpadded_dims = args->buffer->dims;
+  args->num_dims = args->buffer->ndim;
+  return NULL;
+}
+
+PJRT_Error* Buffer_DynamicDimensionIndices(PJRT_Buffer_DynamicDimensionIndices_Args* args) {
+  args->dynamic_dim_indices = NULL;
+  args->num_dynamic_dims = 0;
+  return NULL;
+}
+
+PJRT_Error* Buffer_GetMemoryLayout(PJRT_Buffer_GetMemoryLayout_Args* args) {
+  /* Row-major: the last n entries are n-1 ... 0. */
+  static const int64_t minor_to_major[] = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16,
+                                           15, 14, 13, 12, 11, 10, 9,  8,  7,  6,  5,  4,  3,  2,  1,  0};
+  size_t ndim = args->buffer->ndim;
+  if (ndim > COUNT_OF(minor_to_major)) return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the layout of %zu dimensions", ndim);
+  memset(&args->layout, 0, sizeof args->layout);
+  args->layout.struct_size = PJRT_SIZE_UP_TO(PJRT_Buffer_MemoryLayout, type);
+  args->layout.type = PJRT_Buffer_MemoryLayout_Type_Tiled;
+  args->layout.tiled.struct_size = PJRT_SIZE_UP_TO(PJRT_Buffer_MemoryLayout_Tiled, num_tiles);
+  args->layout.tiled.minor_to_major = minor_to_major + COUNT_OF(minor_to_major) - ndim;
+  args->layout.tiled.minor_to_major_size = ndim;
+  return NULL;
+}
+
+PJRT_Error* Buffer_OnDeviceSizeInBytes(PJRT_Buffer_OnDeviceSizeInBytes_Args* args) {
+  args->on_device_size_in_bytes = args->buffer->nbytes;
+  return NULL;
+}
+
+PJRT_Error* Buffer_Device(PJRT_Buffer_Device_Args* args) {
+  args->device = &args->buffer->client->device;
+  return NULL;
+}
+
+PJRT_Error* Buffer_Memory(PJRT_Buffer_Memory_Args* args) {
+  args->memory = &args->buffer->client->memory;
+  return NULL;
+}
+
+PJRT_Error* Buffer_IsOnCpu(PJRT_Buffer_IsOnCpu_Args* args) {
+  args->is_on_cpu = args->buffer->client->is_on_cpu;
+  return NULL;
+}
+
+/* ---- readiness ---- */
+/* On the executor, a callback waits for a job behind its own: nobody else would run it. */
+static void help_until_filled(Cell* cell) {
+  PyGILState_STATE gil = PyGILState_Ensure();
+  for (;;) {
+    state_lock();
+    bool pending = cell->state == PENDING;
+    state_unlock();
+    if (!pending || !executor_help()) break;
+  }
+  PyGILState_Release(gil);
+}
+
+static PJRT_Event* arm(Cell* cell, PJRT_Error** failure) {
+  PJRT_Event* event = NULL;
+  state_lock();
+  State state = cell_settle(cell);
+  if (state == READY || state == HOST) {
+    event = &event_ready;
+  } else if (state == FAILED) {
+    *failure = error_retain(cell->error);
+  } else if (cell->event || (cell->event = event_new())) {
+    if (state == LAZY) evaluator_arm(cell);
+    event = event_retain(cell->event);
+  }
+  state_unlock();
+  return event;
+}
+
+/* jaxlib aborts when this returns an error, so the event has it. */
+PJRT_Error* Buffer_ReadyEvent(PJRT_Buffer_ReadyEvent_Args* args) {
+  Cell* cell = NULL;
+  PJRT_Event* event = NULL;
+  PJRT_Error* error = take_cell(args->buffer, false, &cell);
+  if (!error) error = threads_start_evaluator();
+  if (!error) {
+    if (on_executor) help_until_filled(cell);
+    event = arm(cell, &error);
+  }
+  cell_release(cell);
+  if (!event && !error) error = error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for an event");
+  args->event = event ? event : event_failed(error);
+  return NULL;
+}
+
+/* ---- from the host ---- */
+static bool is_row_major(const int64_t* strides, const int64_t* dims, size_t ndim, size_t item) {
+  int64_t expected = (int64_t)item;
+  for (size_t i = ndim; i-- > 0;) {
+    if (dims[i] != 1 && strides[i] != expected) return false;
+    expected *= dims[i];
+  }
+  return true;
+}
+
+/* Copies between two strided layouts of the same shape; not called for empty arrays. */
+static void copy_strided(char* to, const int64_t* to_strides, const char* from, const int64_t* from_strides,
+                         const int64_t* dims, size_t ndim, size_t item) {
+  if (ndim == 0) {
+    memcpy(to, from, item);
+    return;
+  }
+  if (ndim > 1) {
+    for (int64_t i = 0; i < dims[0]; i++)
+      copy_strided(to + i * to_strides[0], to_strides + 1, from + i * from_strides[0], from_strides + 1, dims + 1,
+                   ndim - 1, item);
+    return;
+  }
+  int64_t n = dims[0], a = to_strides[0], b = from_strides[0];
+  if (a == (int64_t)item && b == (int64_t)item) {
+    memcpy(to, from, (size_t)n * item);
+    return;
+  }
+#define COPY_ITEMS(size) \
+  case size:             \
+    for (int64_t i = 0; i < n; i++) memcpy(to + i * a, from + i * b, size); \
+    return
+  switch (item) {
+    COPY_ITEMS(1);
+    COPY_ITEMS(2);
+    COPY_ITEMS(4);
+    COPY_ITEMS(8);
+    COPY_ITEMS(16);
+  }
+#undef COPY_ITEMS
+}
+
+static void row_major(int64_t* strides, const int64_t* dims, size_t ndim, size_t item) {
+  int64_t stride = (int64_t)item;
+  for (size_t i = ndim; i-- > 0;) {
+    strides[i] = stride;
+    stride *= dims[i];
+  }
+}
+
+static PyObject* tuple_of(const int64_t* values, size_t count) {
+  PyObject* tuple = PyTuple_New((Py_ssize_t)count);
+  for (size_t i = 0; i < count && tuple; i++) {
+    PyObject* value = PyLong_FromLongLong(values[i]);
+    if (!value || PyTuple_SetItem(tuple, (Py_ssize_t)i, value) != 0) Py_CLEAR(tuple);
+  }
+  return tuple;
+}
+
+/* The pair (value, is_host) of a hook, as a cell. */
+static PJRT_Error* cell_from_pair(PyObject* pair, const char* hook, size_t nbytes, Cell** cell) {
+  if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return INTERNAL("hook %s did not return (value, is_host)", hook);
+  int host = PyObject_IsTrue(PyTuple_GetItem(pair, 1));
+  if (host < 0) return error_from_python(hook);
+  PyObject* value = PyTuple_GetItem(pair, 0);
+  Py_INCREF(value);
+  *cell = cell_new(host ? HOST : LAZY, value, nbytes);
+  return *cell ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+}
+
+/* GIL held. */
+static PJRT_Error* read_host(PJRT_Client_BufferFromHostBuffer_Args* args, size_t nbytes, Cell** cell) {
+  static char nothing[16];
+  size_t ndim = args->num_dims, item = size_of(args->type);
+  bool strided = args->num_byte_strides > 0 && nbytes > 0 && !is_row_major(args->byte_strides, args->dims, ndim, item);
+  bool constant = strided;
+  for (size_t i = 0; i < ndim && constant; i++) constant = args->byte_strides[i] == 0;
+  if (constant) {
+    PyObject* adopted = hook_call(HOOK_adopt, Py_BuildValue("(N)", PyLong_FromVoidPtr((void*)args->data)));
+    if (!adopted) return error_from_python("adopt");
+    PJRT_Error* error = adopted == Py_None ? NULL : cell_from_pair(adopted, "adopt", nbytes, cell);
+    Py_DECREF(adopted);
+    if (error || *cell) return error;
+  }
+
+  PyObject *dense = NULL, *view;
+  if (strided) {
+    int64_t* strides = malloc(ndim * sizeof *strides);
+    dense = strides ? PyBytes_FromStringAndSize(NULL, (Py_ssize_t)nbytes) : PyErr_NoMemory();
+    if (!dense) {
+      free(strides);
+      return error_from_python("from_host");
+    }
+    char* bytes = PyBytes_AsString(dense);
+    PyThreadState* thread = PyEval_SaveThread();
+    row_major(strides, args->dims, ndim, item);
+    copy_strided(bytes, strides, args->data, args->byte_strides, args->dims, ndim, item);
+    PyEval_RestoreThread(thread);
+    free(strides);
+    view = PyMemoryView_FromObject(dense);
+    Py_DECREF(dense);
+  } else {
+    view = PyMemoryView_FromMemory(nbytes ? (char*)args->data : nothing, (Py_ssize_t)nbytes, PyBUF_READ);
+  }
+  if (!view) return error_from_python("from_host");
+  PyObject* dims = tuple_of(args->dims, ndim);
+  PyObject* pair =
+      dims ? hook_call(HOOK_from_host, Py_BuildValue("(OiN)", view, (int)args->type, dims)) : NULL;
+  PJRT_Error* error = pair ? cell_from_pair(pair, "from_host", nbytes, cell) : error_from_python("from_host");
+  Py_XDECREF(pair);
+  PyObject* released = PyObject_CallMethod(view, "release", NULL);
+  if (!released && !error) error = error_from_python("from_host kept its view");
+  if (!released) PyErr_Clear();
+  Py_XDECREF(released);
+  Py_DECREF(view);
+  if (error && *cell) {
+    cell_release(*cell);
+    *cell = NULL;
+  }
+  return error;
+}
+
+PJRT_Error* Client_BufferFromHostBuffer(PJRT_Client_BufferFromHostBuffer_Args* args) {
+  REFUSE_IF_CLOSED();
+  size_t nbytes;
+  if (!nbytes_of(args->type, args->dims, args->num_dims, &nbytes)) {
+    char text[256];
+    describe_type(text, sizeof text, args->type, args->dims, args->num_dims);
+    return INVALID("an array of type %s cannot be put on the device", text);
+  }
+  if (args->num_byte_strides > 0 && args->num_byte_strides != args->num_dims)
+    return INVALID("%zu strides for %zu dimensions", args->num_byte_strides, args->num_dims);
+  Cell* cell = NULL;
+  PyGILState_STATE gil = PyGILState_Ensure();
+  PJRT_Error* error = read_host(args, nbytes, &cell);
+  PyGILState_Release(gil);
+  if (error) return error;
+  args->buffer = buffer_new(args->client, cell, args->type, nbytes, args->num_dims, args->dims);
+  args->done_with_host_buffer = &event_ready; /* the host's bytes are not looked at again */
+  return args->buffer ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+}
+
+PJRT_Error* Client_CreateErrorBuffer(PJRT_Client_CreateErrorBuffer_Args* args) {
+  REFUSE_IF_CLOSED();
+  size_t nbytes;
+  if (!nbytes_of(args->shape_element_type, args->shape_dims, args->shape_num_dims, &nbytes))
+    return INVALID("an error buffer needs a shape");
+  PJRT_Error* error = error_from_text(args->error_code, args->error_message, args->error_message_size);
+  Cell* cell = cell_new(PENDING, NULL, nbytes);
+  if (cell) {
+    state_lock();
+    cell_fail(cell, error);
+    state_unlock();
+  }
+  error_release(error);
+  PJRT_Client* client = args->client ? args->client : args->memory->client;
+  args->buffer = buffer_new(client, cell, args->shape_element_type, nbytes, args->shape_num_dims, args->shape_dims);
+  return args->buffer ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+}
+
+/* ---- to the host ---- */
+static PJRT_Error* host_strides(const PJRT_Buffer_MemoryLayout* layout, const PJRT_Buffer* buffer, int64_t* strides) {
+  size_t ndim = buffer->ndim, item = size_of(buffer->type);
+  if (layout->type == PJRT_Buffer_MemoryLayout_Type_Strides) {
+    if (layout->strides.num_byte_strides != ndim)
+      return INVALID("a host layout with %zu strides for %zu dimensions", layout->strides.num_byte_strides, ndim);
+    if (ndim) memcpy(strides, layout->strides.byte_strides, ndim * sizeof *strides);
+    return NULL;
+  }
+  const PJRT_Buffer_MemoryLayout_Tiled* tiled = &layout->tiled;
+  if (tiled->num_tiles > 0) return INVALID("a tiled host layout is not supported");
+  if (tiled->minor_to_major_size != ndim)
+    return INVALID("a host layout of %zu dimensions for %zu", tiled->minor_to_major_size, ndim);
+  int64_t stride = (int64_t)item;
+  uint64_t seen = 0;
+  for (size_t i = 0; i < ndim; i++) {
+    int64_t axis = tiled->minor_to_major[i];
+    if (axis < 0 || (size_t)axis >= ndim || axis > 63 || (seen >> axis & 1))
+      return INVALID("a host layout that is not a permutation of the dimensions");
+    seen |= UINT64_C(1) << axis;
+    strides[axis] = stride;
+    stride *= buffer->dims[axis];
+  }
+  return NULL;
+}
+
+/* GIL held, and dropped for long copies. The cell, and with it the view, is the caller's. */
+static void copy_out(char* to, const int64_t* strides, const char* from, const PJRT_Buffer* buffer, int64_t* scratch) {
+  size_t item = size_of(buffer->type);
+  if (buffer->nbytes == 0) return;
+  PyThreadState* thread = buffer->nbytes >= 1 << 20 ? PyEval_SaveThread() : NULL;
+  if (!strides || is_row_major(strides, buffer->dims, buffer->ndim, item)) {
+    memcpy(to, from, buffer->nbytes);
+  } else {
+    row_major(scratch, buffer->dims, buffer->ndim, item);
+    copy_strided(to, strides, from, scratch, buffer->dims, buffer->ndim, item);
+  }
+  if (thread) PyEval_RestoreThread(thread);
+}
+
+PJRT_Error* Buffer_ToHostBuffer(PJRT_Buffer_ToHostBuffer_Args* args) {
+  PJRT_Buffer* buffer = args->src;
+  if (!args->dst) {
+    args->dst_size = buffer->nbytes;
+    args->event = NULL;
+    return NULL;
+  }
+  if (args->dst_size < buffer->nbytes)
+    return INVALID("%zu bytes do not hold an array of %zu", args->dst_size, buffer->nbytes);
+  int64_t small[16];
+  int64_t* strides = args->host_layout ? small : NULL;
+  if (strides && buffer->ndim > COUNT_OF(small) / 2) strides = malloc(2 * buffer->ndim * sizeof *strides);
+  int64_t* scratch = strides ? strides + buffer->ndim : NULL;
+  PJRT_Error* error = strides ? host_strides(args->host_layout, buffer, strides) : NULL;
+  Cell* cell = NULL;
+  if (!error) error = take_cell(buffer, false, &cell);
+  if (!error) {
+    const Py_buffer* view;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    error = cell_view(cell, buffer->nbytes, &view);
+    if (!error) copy_out(args->dst, strides, view->buf, buffer, scratch);
+    PyGILState_Release(gil);
+    cell_release(cell);
+  }
+  if (strides && strides != small) free(strides);
+  if (!error) args->event = &event_ready;
+  return error;
+}
+
+static PJRT_Error* copy_raw(PJRT_Buffer* buffer, Cell* cell, void* to, int64_t offset, int64_t size) {
+  if (offset < 0 || size < 0 || (uint64_t)offset + (uint64_t)size > buffer->nbytes)
+    return INVALID("bytes %lld to %lld of an array of %zu", (long long)offset, (long long)(offset + size), buffer->nbytes);
+  const Py_buffer* view;
+  PyGILState_STATE gil = PyGILState_Ensure();
+  PJRT_Error* error = cell_view(cell, buffer->nbytes, &view);
+  if (!error && size) memcpy(to, (const char*)view->buf + offset, (size_t)size);
+  PyGILState_Release(gil);
+  return error;
+}
+
+PJRT_Error* Buffer_CopyRawToHost(PJRT_Buffer_CopyRawToHost_Args* args) {
+  Cell* cell;
+  PJRT_Error* error = take_cell(args->buffer, false, &cell);
+  if (error) return error;
+  error = copy_raw(args->buffer, cell, args->dst, args->offset, args->transfer_size);
+  cell_release(cell);
+  if (!error) args->event = &event_ready;
+  return error;
+}
+
+/* ---- pointers ---- */
+static PJRT_Error* pointer_of(PJRT_Buffer* buffer, void** pointer) {
+  Cell* cell;
+  PJRT_Error* error = take_cell(buffer, true, &cell);
+  if (error) return error;
+  const Py_buffer* view;
+  PyGILState_STATE gil = PyGILState_Ensure();
+  error = cell_view(cell, buffer->nbytes, &view);
+  if (!error) *pointer = view->buf;
+  PyGILState_Release(gil);
+  cell_release(cell);
+  return error;
+}
+
+PJRT_Error* Buffer_UnsafePointer(PJRT_Buffer_UnsafePointer_Args* args) {
+  void* pointer = NULL;
+  PJRT_Error* error = pointer_of(args->buffer, &pointer);
+  args->buffer_pointer = (uintptr_t)pointer;
+  return error;
+}
+
+PJRT_Error* Buffer_OpaqueDeviceMemoryDataPointer(PJRT_Buffer_OpaqueDeviceMemoryDataPointer_Args* args) {
+  args->device_memory_ptr = NULL;
+  return pointer_of(args->buffer, &args->device_memory_ptr);
+}
+
+/* ---- copies: values never change, so a copy is another handle on the same cell ---- */
+static PJRT_Error* share(PJRT_Buffer* buffer, PJRT_Client* client, PJRT_Buffer** copy) {
+  Cell* cell;
+  PJRT_Error* error = take_cell(buffer, false, &cell);
+  if (error) return error;
+  *copy = buffer_new(client, cell, buffer->type, buffer->nbytes, buffer->ndim, buffer->dims);
+  return *copy ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+}
+
+PJRT_Error* Buffer_CopyToDevice(PJRT_Buffer_CopyToDevice_Args* args) {
+  return share(args->buffer, args->dst_device->client, &args->dst_buffer);
+}
+
+PJRT_Error* Buffer_CopyToMemory(PJRT_Buffer_CopyToMemory_Args* args) {
+  return share(args->buffer, args->dst_memory->client, &args->dst_buffer);
+}

@@ -1,0 +1,357 @@
+/* Cell: one value on its way from PENDING to READY. Record: one lazy execution, and the executions it took its inputs from,
+ * so that a failed evaluation can be told to everyone whose value it would have made. */
+#include "shim.h"
+
+struct Record {
+  long references;
+  PJRT_Error* error;
+  size_t made, live, done; /* cells: ever, still LAZY, evaluated */
+  uint64_t mark;
+  Record *older, *newer; /* all records, in the order they were made */
+  Record* link;          /* the worklist it is on */
+  size_t count;
+  Record* parents[];
+};
+
+static Record *oldest, *newest;
+static size_t sweep_at = 1024;
+static uint64_t walk;
+static bool any_failed;
+atomic_long record_count;
+
+static Record* push_if_dead(Record* record, Record* work) {
+  if (--record->references > 0) return work;
+  record->link = work;
+  return record;
+}
+
+static void free_dead(Record* work) {
+  while (work) {
+    Record* record = work;
+    work = record->link;
+    for (size_t i = 0; i < record->count; i++) work = push_if_dead(record->parents[i], work);
+    *(record->older ? &record->older->newer : &oldest) = record->newer;
+    *(record->newer ? &record->newer->older : &newest) = record->older;
+    error_release(record->error);
+    free(record);
+    atomic_fetch_sub(&record_count, 1);
+  }
+}
+
+void record_release(Record* record) { free_dead(push_if_dead(record, NULL)); }
+
+static void drop_parents(Record* record) {
+  Record* work = NULL;
+  for (size_t i = 0; i < record->count; i++) work = push_if_dead(record->parents[i], work);
+  record->count = 0;
+  free_dead(work);
+}
+
+/* Records of which no value is wanted any more only link their children to their parents. When they have no parents either, they link
+ * to nothing. Parents are older than children, so one pass from the oldest finds them all. */
+static void sweep(void) {
+  for (Record *record = oldest, *next; record; record = next) {
+    size_t kept = 0;
+    Record* work = NULL;
+    for (size_t i = 0; i < record->count; i++) {
+      Record* parent = record->parents[i];
+      if (parent->live == 0 && parent->count == 0 && !parent->error) work = push_if_dead(parent, work);
+      else record->parents[kept++] = parent;
+    }
+    record->count = kept;
+    if (record->error) drop_parents(record); /* they were told */
+    free_dead(work); /* all of them older than this one */
+    next = record->newer;
+  }
+  size_t twice = 2 * (size_t)atomic_load(&record_count);
+  sweep_at = twice > 1024 ? twice : 1024;
+}
+
+Record* record_new(Cell* const* inputs, size_t count) {
+  if ((size_t)atomic_load(&record_count) >= sweep_at) sweep();
+  size_t parents = 0;
+  for (size_t i = 0; i < count; i++) parents += inputs[i]->record != NULL;
+  Record* record = calloc(1, sizeof *record + parents * sizeof *record->parents);
+  if (!record) return NULL;
+  record->references = 1;
+  record->older = newest;
+  *(newest ? &newest->newer : &oldest) = record;
+  newest = record;
+  atomic_fetch_add(&record_count, 1);
+  walk++;
+  for (size_t i = 0; i < count; i++) {
+    Record* parent = inputs[i]->record;
+    PJRT_Error* error = parent ? parent->error : inputs[i]->error;
+    if (error && !record->error) record->error = error_retain(error);
+    if (!parent || parent->mark == walk) continue;
+    parent->mark = walk;
+    parent->references++;
+    record->parents[record->count++] = parent;
+  }
+  return record;
+}
+
+void record_adopt(Record* record, Cell* cell) {
+  if (!record) return;
+  record->references++;
+  record->made++;
+  record->live++;
+  cell->record = record;
+}
+
+void record_fail(Record* record, PJRT_Error* error) {
+  any_failed = true;
+  Record* work = NULL;
+  if (!record->error) record->link = NULL, record->error = error_retain(error), work = record;
+  while (work) {
+    Record* next = work;
+    work = next->link;
+    for (size_t i = 0; i < next->count; i++) {
+      Record* parent = next->parents[i];
+      if (parent->error) continue; /* and so has everything above it */
+      parent->error = error_retain(error);
+      parent->link = work;
+      work = parent;
+    }
+  }
+}
+
+/* MLX may hand out garbage for what failed before: a value is not evaluated when one that it is made from has failed. */
+static void inherit_failure(Record* record) {
+  if (!any_failed || record->error) return;
+  Record* work = record;
+  record->link = NULL;
+  record->mark = ++walk;
+  while (work) {
+    Record* next = work;
+    work = next->link;
+    for (size_t i = 0; i < next->count; i++) {
+      Record* parent = next->parents[i];
+      if (parent->error) {
+        record->error = error_retain(parent->error);
+        return;
+      }
+      if (parent->mark == walk) continue;
+      parent->mark = walk;
+      parent->link = work;
+      work = parent;
+    }
+  }
+}
+
+static void leave_record(Cell* cell, bool done) {
+  Record* record = cell->record;
+  if (!record) return;
+  cell->record = NULL;
+  record->live--;
+  record->done += done;
+  if (record->done == record->made) drop_parents(record);
+  record_release(record);
+}
+
+void cell_fail(Cell* cell, PJRT_Error* error) {
+  if (cell->state == FAILED) return;
+  cell->state = FAILED;
+  cell->error = error_retain(error);
+  leave_record(cell, false);
+}
+
+void cell_set_ready(Cell* cell) {
+  if (cell->state != LAZY) return;
+  cell->state = READY;
+  leave_record(cell, true);
+}
+
+State cell_settle(Cell* cell) {
+  if (cell->state == LAZY && cell->record && cell->record->error) cell_fail(cell, cell->record->error);
+  return cell->state;
+}
+
+Cell* cell_new(State state, PyObject* value, size_t nbytes) {
+  Cell* cell = calloc(1, sizeof *cell);
+  if (!cell) {
+    Py_XDECREF(value);
+    return NULL;
+  }
+  cell->references = 1;
+  cell->state = state;
+  cell->value = value;
+  cell->nbytes = nbytes;
+  return cell;
+}
+
+/* ---- the end of a cell ---- */
+static Cell viewed = {.previous = &viewed, .next = &viewed};
+
+bool cell_unref(Cell* cell) {
+  if (--cell->references > 0) return false;
+  if (cell->next) {
+    cell->previous->next = cell->next;
+    cell->next->previous = cell->previous;
+  }
+  /* The record is left here, under the lock; the state says how to drop the value. */
+  leave_record(cell, false);
+  return true;
+}
+
+void cell_free(Cell* cell) {
+  if ((cell->value || cell->view) && !IS_CLOSED()) {
+    PyGILState_STATE gil = PyGILState_Ensure();
+    if (cell->view) {
+      PyBuffer_Release(cell->view);
+      free(cell->view);
+    }
+    if (cell->state == LAZY || cell->state == FAILED) drop_value(cell->value);
+    else Py_XDECREF(cell->value);
+    PyGILState_Release(gil);
+  }
+  event_release(cell->event);
+  error_release(cell->error);
+  free(cell);
+}
+
+void cell_release(Cell* cell) {
+  if (!cell) return;
+  state_lock();
+  bool last = cell_unref(cell);
+  state_unlock();
+  if (last) cell_free(cell);
+}
+
+/* ---- evaluation ---- */
+static Waiter* complete(Cell* cell) {
+  return cell->event ? event_complete(cell->event, cell->error) : NULL;
+}
+
+PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters) {
+  PyObject* values = PyList_New(0);
+  state_lock();
+  for (size_t i = 0; i < count; i++)
+    if (cells[i]->state == LAZY && cells[i]->record) inherit_failure(cells[i]->record);
+  state_unlock();
+  bool built = values != NULL;
+  for (size_t i = 0; i < count && built; i++) {
+    state_lock();
+    bool lazy = cell_settle(cells[i]) == LAZY;
+    state_unlock();
+    if (lazy) built = PyList_Append(values, cells[i]->value) == 0;
+  }
+  PJRT_Error* error = NULL;
+  if (!built) {
+    error = error_from_python("evaluate");
+  } else if (PyList_Size(values) > 0) {
+    PyObject* result = hook_call(HOOK_evaluate, PyTuple_Pack(1, values));
+    if (!result) error = error_from_python("evaluate");
+    Py_XDECREF(result);
+  }
+  if (values) drop_value(values);
+
+  state_lock();
+  for (size_t i = 0; i < count; i++) {
+    Cell* cell = cells[i];
+    if (cell_settle(cell) == LAZY) {
+      if (!error) {
+        cell_set_ready(cell);
+      } else {
+        if (cell->record) record_fail(cell->record, error);
+        cell_fail(cell, error);
+      }
+    }
+    if (waiters) *waiters = waiters_join(complete(cell), *waiters);
+  }
+  state_unlock();
+  return error;
+}
+
+PJRT_Error* cell_materialise(Cell* cell) {
+  for (;;) {
+    state_lock();
+    State state = cell_settle(cell);
+    PJRT_Error* error = state == FAILED ? error_retain(cell->error) : NULL;
+    state_unlock();
+    if (state == FAILED) return error;
+    if (state == READY || state == HOST) return NULL;
+    if (state == LAZY) {
+      error = cells_evaluate(&cell, 1, NULL);
+      if (error) return error;
+      continue; /* it may have failed with another of its record */
+    }
+    if (on_executor) {
+      if (executor_help()) continue;
+      return error_new(PJRT_Error_Code_FAILED_PRECONDITION,
+                       "a callback waits for the result of the computation that called it");
+    }
+    REFUSE_IF_CLOSED();
+    PyThreadState* thread = PyEval_SaveThread();
+    state_lock();
+    while (cell->state == PENDING) state_wait();
+    state_unlock();
+    PyEval_RestoreThread(thread);
+  }
+}
+
+/* ---- views of the data ---- */
+static char nothing[64]; /* where empty arrays live */
+
+static PJRT_Error* check_view(const Py_buffer* view, size_t nbytes) {
+  if (!PyBuffer_IsContiguous(view, 'C')) return INTERNAL("hook host_view returned a buffer that is not contiguous");
+  if ((size_t)view->len != nbytes)
+    return INTERNAL("hook host_view returned a buffer of %zd bytes, expected %zu", view->len, nbytes);
+  return NULL;
+}
+
+PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
+  PJRT_Error* error = cell_materialise(cell);
+  if (error) return error;
+  if (cell->view) {
+    *out = cell->view;
+    return NULL;
+  }
+  PyObject* pair = hook_call(HOOK_host_view, PyTuple_Pack(1, cell->value));
+  if (!pair) return error_from_python("host_view");
+  if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
+    Py_DECREF(pair);
+    return INTERNAL("hook host_view did not return (value, exporter)");
+  }
+  Py_buffer* view = calloc(1, sizeof *view);
+  lock_with_gil();
+  int failed = view ? PyObject_GetBuffer(PyTuple_GetItem(pair, 1), view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) : -1;
+  unlock_with_gil();
+  error = failed ? (view ? error_from_python("host_view") : INTERNAL("no memory")) : check_view(view, nbytes);
+  if (error) {
+    if (!failed) PyBuffer_Release(view);
+    free(view);
+    Py_DECREF(pair);
+    return error;
+  }
+  if (!view->buf || view->len == 0) view->buf = nothing;
+  if (cell->view) { /* another thread was first, while the GIL was away */
+    PyBuffer_Release(view);
+    free(view);
+  } else {
+    PyObject* old = cell->value;
+    cell->value = PyTuple_GetItem(pair, 0);
+    Py_INCREF(cell->value);
+    cell->view = view;
+    state_lock();
+    cell->previous = &viewed;
+    cell->next = viewed.next;
+    viewed.next->previous = cell;
+    viewed.next = cell;
+    state_unlock();
+    Py_DECREF(old);
+  }
+  Py_DECREF(pair);
+  *out = cell->view;
+  return NULL;
+}
+
+PyObject* cell_value_at(const void* pointer) {
+  PyObject* value = NULL;
+  state_lock();
+  for (Cell* cell = viewed.next; cell != &viewed && !value; cell = cell->next)
+    if (cell->view->buf == pointer && pointer != nothing) value = cell->value;
+  if (value) Py_INCREF(value);
+  state_unlock();
+  return value;
+}
