@@ -166,6 +166,21 @@ class Store:
             except (OSError, Damaged):
                 continue
 
+    def raw(self, kind: str) -> Iterator[tuple[str, bytes]]:
+        """Digest and bytes of every good file of one kind (entries, aliases, constants), for export."""
+        for path, _ in self._scan(kind):
+            with suppress(OSError, Damaged):
+                data = read_whole(path)[0]
+                self._check(kind, os.path.basename(path), data)
+                yield os.path.basename(path), data
+
+    def adopt(self, kind: str, digest: str, data: bytes) -> bool:
+        """Store bytes that `raw` gave in another place; whether they were. Raises Damaged unless they are good."""
+        if kind not in eviction.KINDS or not is_digest(digest):
+            raise Damaged(f"{kind}/{digest} is no name of ours")
+        self._check(kind, digest, data)
+        return self._storing(digest, lambda: self._write(kind, digest, [data]))
+
     def usage(self) -> dict[str, eviction.Usage]:
         """Files and 4 KiB blocks in use, by kind, measured."""
         return eviction.usage(self._at)
@@ -387,27 +402,32 @@ class Store:
         return used, present
 
     def _problems(self, kind: str) -> Iterator[Problem]:
-        check = {
-            "entries": self._check_entry,
-            "aliases": _read_alias,
-            "constants": _check_constant,
-        }[kind]
-        for path, _ in self._scan(kind):
+        for path, info in self._scan(kind):
             try:
-                if not is_digest(os.path.basename(path)):
-                    raise Damaged("it has a name that we do not give")
-                check(path)
+                if info.st_size > _MOST:
+                    raise Damaged(f"it has {info.st_size} bytes")
+                entry = self._check(kind, os.path.basename(path), read_whole(path)[0])
+                for digest in entry.constants if entry else ():
+                    entry.constant(digest)
             except FileNotFoundError:
                 continue
             except (OSError, MemoryError, Damaged) as error:
                 yield Problem(path, str(error))
 
-    def _check_entry(self, path: str) -> None:
-        entry = decode_entry(_read_entry_file(path)[0], self._load_constant)
-        if entry.key.digest != os.path.basename(path):
-            raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
-        for digest in entry.constants:
-            entry.constant(digest)
+    def _check(self, kind: str, digest: str, data: bytes) -> Entry | None:
+        if not is_digest(digest):
+            raise Damaged("it has a name that we do not give")
+        if kind == "aliases":
+            decode_alias(data, digest)
+        elif kind == "constants":
+            if constant_digest(data) != digest:
+                raise Damaged("it does not match its checksum")
+        else:
+            entry = decode_entry(data, self._load_constant)
+            if entry.key.digest != digest:
+                raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
+            return entry
+        return None
 
     def _require_ours(self) -> None:
         if not self.root.exists():
@@ -461,8 +481,3 @@ def _read_header(path: str) -> Header:
 
 def _read_alias(path: str) -> Alias:
     return decode_alias(read_whole(path, limit=_FIRST)[0], os.path.basename(path))
-
-
-def _check_constant(path: str) -> None:
-    if constant_digest(read_whole(path)[0]) != os.path.basename(path):
-        raise Damaged("it does not match its checksum")

@@ -1,0 +1,1 @@
+"""jax-mps: run JAX programs on MLX."""

@@ -1,0 +1,373 @@
+"""`jax-mps cache ...`: look at, check, share and empty the cache. Every command works while programs run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jax_mps.cache import FORMAT, Key, Listing, Refused, Store, archive, eviction, paths, translator_digest
+from jax_mps.cli import OK, REFUSED, USAGE, WRONG, Answer, Table, add_command
+
+SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "used": lambda row: -row["used"],
+    "size": lambda row: -row["bytes"],
+    "ops": lambda row: -(row["ops"] or 0),
+    "name": lambda row: row["name"],
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add `cache` and what is below it."""
+    group = add_command(commands, "cache", None, "look at, check, share and empty the cache of translated programs")
+    cache = group.add_subparsers(metavar="COMMAND")
+    _add(cache, "dir", folder, "print the cache's folder")
+    _add(cache, "info", info, "show entries, bytes, hit rate, devices and versions")
+    listing = _add(cache, "list", list_entries, "list the stored programs")
+    listing.add_argument("--sort", choices=SORTS, default="used", help="order, largest or latest first (default: used)")
+    listing.add_argument("--filter", metavar="TEXT", default="", help="only programs whose name or device contains TEXT")
+    listing.add_argument("--limit", type=int, metavar="N", help="only the first N")
+    shown = _add(cache, "show", show, "print a stored program as text")
+    shown.add_argument("key", help="the first digits of an entry's key, or its name")
+    explained = _add(cache, "explain", explain, "print the named parts of an entry's key, and what differs from another entry")
+    explained.add_argument("key", nargs="?", help="the first digits of a key, or a name (default: the newest entry)")
+    explained.add_argument("other", nargs="?", help="what to compare it with (default: the entry most like it)")
+    verified = _add(cache, "verify", verify, "read and check every file")
+    verified.add_argument("--repair", action="store_true", help="remove what is damaged, and what nothing uses")
+    pruned = _add(cache, "prune", prune, "remove some of the entries")
+    pruned.add_argument("--max-bytes", type=size, metavar="SIZE", help="least recently used first, until SIZE is left (500M, 2G)")
+    pruned.add_argument("--older-than", type=span, metavar="AGE", help="what was not used for AGE (12h, 30d)")
+    pruned.add_argument("--stale", action="store_true", help="what another MLX or another version of jax-mps made")
+    cleared = _add(cache, "clear", clear, "remove everything")
+    cleared.add_argument("--yes", action="store_true", help="do not ask")
+    exported = _add(cache, "export", export, "write the whole cache to a tar file, to ship it to another machine")
+    exported.add_argument("file", type=Path)
+    imported = _add(cache, "import", import_, "add the programs in a tar file, each verified; it is as trusted as its sender")
+    imported.add_argument("file", type=Path)
+    warmed = _add(cache, "warm", warm, "run a Python script on MLX to fill the cache")
+    warmed.add_argument("script", nargs=argparse.REMAINDER, help="the script and its arguments")
+
+
+def size(text: str) -> int:
+    """Bytes: 1000000, 500M, 2G."""
+    match = re.fullmatch(r"(\d+)([kmgt]?)i?b?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 500M or 2G")
+    return int(match[1]) * SIZES[match[2]]
+
+
+def span(text: str) -> int:
+    """Seconds: 90s, 12h, 30d, 2w."""
+    match = re.fullmatch(r"(\d+)([smhdw])", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a span of time; write 12h or 30d")
+    return int(match[1]) * SPANS[match[2]]
+
+
+def folder(options: argparse.Namespace) -> Answer:
+    """`cache dir`: succeeds whether or not the folder exists, so that scripts can use it."""
+    root = _root(options)
+    return Answer({"folder": str(root)}, [str(root)]) if root else _refused("there is no home folder; set JAX_MPS_CACHE_DIR")
+
+
+def info(options: argparse.Namespace) -> Answer:
+    """`cache info`."""
+    store = _store(options)
+    usage = store.usage()
+    counts = store.saved_counts()
+    asked = sum(counts.values())
+    made_for = Counter((_summary(entry)["device"], _part(entry.header.key, "mlx")) for entry in store.entries())
+    data = {
+        "folder": str(store.root),
+        "unusable": store.unusable,
+        "turned_off": paths.turned_off(),
+        "format": FORMAT,
+        "entries": usage["entries"].files,
+        "constants": usage["constants"].files,
+        "bytes": sum(use.blocks for use in usage.values()) * eviction.BLOCK,
+        "max_bytes": store.max_bytes,
+        **counts,
+        "hit_rate": counts["hits"] / asked if asked else None,
+        "by_device": [{"device": d, "mlx": m, "entries": n} for (d, m), n in sorted(made_for.items())],
+    }
+    return Answer(data, table=Table(("", ""), _info_rows(data)), code=REFUSED if store.unusable else OK)
+
+
+def list_entries(options: argparse.Namespace) -> Answer:
+    """`cache list`."""
+    found = [_row(entry) for entry in _store(options).entries()]
+    found = [row for row in found if options.filter in row["name"] or options.filter in row["device"]]
+    found = sorted(found, key=SORTS[options.sort])[: options.limit]
+    headings = ("key", "name", "device", "ops", "segments", "host", "size", "last used")
+    rows = [_cells(row) for row in found]
+    return Answer(found, table=Table(headings, rows, frozenset({"ops", "segments", "host", "size"})))
+
+
+def show(options: argparse.Namespace) -> Answer:
+    """`cache show KEY`."""
+    store = _store(options)
+    found = _find(store, options.key)
+    if isinstance(found, Answer):
+        return found
+    entry = store.get(found.header.key)
+    if entry is None:
+        return Answer({"error": "damaged"}, ["This entry is damaged; `jax-mps cache verify` says how."], code=WRONG)
+    text = entry.manifest.get("plan_text")
+    files = {name: len(entry.read(name)) for name in entry.names}
+    data = {**_row(found), "files": files, "constants": dict(entry.constants), "manifest": entry.manifest}
+    lines = [text] if isinstance(text, str) else ["(this entry holds no text of its plan)"]
+    lines += ["", *(f"{name}: {amount} bytes" for name, amount in files.items())]
+    lines += [f"constant {digest[:12]}: {amount} bytes" for digest, amount in entry.constants.items()]
+    return Answer(data, lines)
+
+
+def explain(options: argparse.Namespace) -> Answer:
+    """`cache explain [KEY [OTHER]]`: the parts of a key beside those of another, and which of them differ."""
+    store = _store(options)
+    entries = list(store.entries())
+    if not entries:
+        return Answer({"error": "empty"}, ["The cache is empty."], code=WRONG)
+    found = _find(store, options.key) if options.key else max(entries, key=lambda entry: entry.used)
+    if isinstance(found, Answer):
+        return found
+    other = _find(store, options.other) if options.other else _most_like(found, entries)
+    if isinstance(other, Answer):
+        return other
+    return _compared(found, other)
+
+
+def verify(options: argparse.Namespace) -> Answer:
+    """`cache verify`: exit code 1 if anything is wrong."""
+    store = _store(options)
+    problems = store.verify(repair=options.repair)
+    collected = store.collect() if options.repair else 0
+    checked = sum(use.files for use in store.usage().values())
+    data = {"checked": checked, "problems": [{"path": p.path, "what": p.what} for p in problems], "collected": collected}
+    lines = [f"{problem.path}: {problem.what}" for problem in problems]
+    end = "removed" if options.repair else "found"
+    lines.append(f"{checked} files, {len(problems)} problems {end}" + (f", {collected} unused files removed" if collected else ""))
+    if store.unusable:
+        return _refused(store.unusable)
+    return Answer(data, lines, code=WRONG if problems and not options.repair else OK)
+
+
+def prune(options: argparse.Namespace) -> Answer:
+    """`cache prune`."""
+    store = _store(options)
+    if options.max_bytes is None and options.older_than is None and not options.stale:
+        return Answer({"error": "usage"}, ["Say what to remove: --max-bytes, --older-than or --stale."], code=USAGE)
+    if store.unusable:
+        return _refused(store.unusable)
+    removed = sum(store.remove(entry.digest) for entry in store.entries() if _is_doomed(entry, options))
+    files = removed + store.collect()
+    if options.max_bytes is not None:
+        files += store.evict(options.max_bytes)
+    left = sum(use.blocks for use in store.usage().values()) * eviction.BLOCK
+    return Answer({"removed_files": files, "bytes": left}, [f"removed {files} files; {human(left)} are left"])
+
+
+def clear(options: argparse.Namespace) -> Answer:
+    """`cache clear`: asks on a terminal, and needs --yes elsewhere."""
+    store = _store(options)
+    if not options.yes and not _agreed(f"Remove every translated program in {store.root}?"):
+        return Answer({"cleared": False}, ["Nothing was removed; --yes removes without asking."], code=WRONG)
+    try:
+        freed = store.clear()
+    except Refused as reason:
+        return _refused(str(reason))
+    except OSError as error:
+        return _refused(f"{store.root} cannot be cleared: {error.strerror or error}")
+    return Answer({"cleared": True, "bytes": freed}, [f"removed {human(freed)} from {store.root}"])
+
+
+def export(options: argparse.Namespace) -> Answer:
+    """`cache export FILE.tar`."""
+    try:
+        moved = archive.export_tar(_store(options), options.file)
+    except OSError as error:
+        return Answer({"error": str(error)}, [f"cannot write {options.file}: {error.strerror or error}"], code=WRONG)
+    return Answer({"files": moved.files}, [f"wrote {moved.files['entries']} programs to {options.file}"])
+
+
+def import_(options: argparse.Namespace) -> Answer:
+    """`cache import FILE.tar`."""
+    store = _store(options)
+    try:
+        moved = archive.import_tar(store, options.file)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        return Answer({"error": str(error)}, [f"cannot read {options.file}: {error}"], code=WRONG)
+    if store.unusable:
+        return _refused(store.unusable)
+    data = {"files": moved.files, "refused": [{"name": name, "why": why} for name, why in moved.refused]}
+    lines = [f"refused {name}: {why}" for name, why in moved.refused]
+    lines.append(f"added {moved.files['entries']} programs. They are as trusted as whoever sent them.")
+    return Answer(data, lines, code=WRONG if moved.refused else OK)
+
+
+def warm(options: argparse.Namespace) -> Answer:
+    """`cache warm SCRIPT ...`: the script's own exit code is the answer's."""
+    store = _store(options)
+    command = [argument for argument in options.script if argument != "--json"]
+    if not command:
+        return Answer({"error": "usage"}, ["Name a script to run."], code=USAGE)
+    before = store.usage()["entries"].files
+    environment = {"JAX_PLATFORMS": "mps"} | os.environ | {"JAX_MPS_CACHE_DIR": str(store.root)}
+    code = _run_with_progress([sys.executable, *command], environment, lambda: store.usage()["entries"].files - before)
+    added = store.usage()["entries"].files - before
+    return Answer({"added": added, "exit_code": code}, [f"{added} programs added to {store.root}"], code=code)
+
+
+def human(amount: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def _add(commands: Any, name: str, command: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, command, text)
+    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="another cache folder than JAX_MPS_CACHE_DIR or the default")
+    return parser
+
+
+def _root(options: argparse.Namespace) -> Path | None:
+    named: Path | None = options.dir
+    return Path(os.path.abspath(named)) if named else paths.cache_folder()  # noqa: PTH100 - links are to be seen, not followed
+
+
+def _store(options: argparse.Namespace) -> Store:
+    return Store(_root(options))
+
+
+def _refused(reason: str) -> Answer:
+    return Answer({"error": reason}, [f"{reason}."], code=REFUSED)
+
+
+def _part(key: Key, name: str) -> str:
+    return dict(key.parts).get(name, "?")
+
+
+def _summary(entry: Listing) -> dict[str, Any]:
+    known = entry.header.manifest.get("summary")
+    known = known if isinstance(known, dict) else {}
+    counts = {name: known.get(name) for name in ("ops", "segments", "host_segments")}
+    return {"name": str(known.get("name", "?")), "device": str(known.get("device") or _part(entry.header.key, "device")), **counts}
+
+
+def _row(entry: Listing) -> dict[str, Any]:
+    return {"key": entry.digest, **_summary(entry), "bytes": entry.bytes + sum(entry.header.constants.values()), "used": entry.used}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    counts = ("?" if row[name] is None else str(row[name]) for name in ("ops", "segments", "host_segments"))
+    return (row["key"][:12], row["name"], row["device"], *counts, human(row["bytes"]), _ago(row["used"]))
+
+
+def _ago(moment: float) -> str:
+    seconds = time.time() - moment
+    if seconds < 3600:
+        return "within the hour"  # use is noted once an hour
+    return f"{seconds / 3600:.0f} h ago" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d ago"
+
+
+def _info_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    rate = "nothing asked yet" if data["hit_rate"] is None else f"{data['hit_rate']:.0%} of {data['hits'] + data['misses']}"
+    state = data["unusable"] or ("turned off by JAX_MPS_CACHE" if data["turned_off"] else "usable")
+    rows = [("folder", data["folder"]), ("state", state), ("programs", str(data["entries"])), ("shared constants", str(data["constants"]))]
+    rows += [("size", f"{human(data['bytes'])} of at most {human(data['max_bytes'])}"), ("hits", rate)]
+    return [*rows, *((f"on {row['device']}, MLX {row['mlx']}", str(row["entries"])) for row in data["by_device"])]
+
+
+def _find(store: Store, text: str) -> Listing | Answer:
+    entries = list(store.entries())
+    found = [entry for entry in entries if entry.digest.startswith(text)] or [e for e in entries if _summary(e)["name"] == text]
+    if len(found) == 1:
+        return found[0]
+    reason = f"no entry is called {text}" if not found else f"{len(found)} entries are called {text}"
+    lines = [f"{reason}.", *(f"{entry.digest[:16]}  {_summary(entry)['name']}" for entry in found[:20])]
+    return Answer({"error": reason, "candidates": [entry.digest for entry in found]}, lines, code=WRONG)
+
+
+def _most_like(one: Listing, entries: Sequence[Listing]) -> Listing | None:
+    others = [entry for entry in entries if entry.digest != one.digest]
+    return max(others, key=lambda other: _likeness(one, other), default=None)
+
+
+def _likeness(one: Listing, other: Listing) -> tuple[int, bool, float]:
+    different = len(one.header.key.differences(other.header.key))
+    return -different, _summary(one)["name"] == _summary(other)["name"], other.used
+
+
+def _compared(one: Listing, other: Listing | None) -> Answer:
+    there = dict(other.header.key.parts) if other else {}
+    different = [name for name, *_ in one.header.key.differences(other.header.key)] if other else []
+    data = {"entry": _row(one), "parts": dict(one.header.key.parts), "other": other and _row(other), "different": different}
+    names = dict.fromkeys((*dict(one.header.key.parts), *there))
+    here = dict(one.header.key.parts)
+    rows = [(n, _short(here.get(n)), _short(there.get(n)) if n in different else "same" if other else "") for n in names]
+    headings = ("part", one.digest[:12], other.digest[:12] if other else "(no other entry)")
+    after = [_verdict(_summary(one)["name"], different)] if other else []
+    return Answer(data, table=Table(headings, rows), after=after)
+
+
+def _verdict(name: str, different: Sequence[str]) -> str:
+    if not different:
+        return f"Nothing differs: both are {name}."
+    return f"{name} could not use the other entry, because of: {', '.join(different)}."
+
+
+def _short(value: str | None) -> str:
+    return "(absent)" if value is None else value if len(value) <= 48 else f"{value[:45]}..."
+
+
+def _is_doomed(entry: Listing, options: argparse.Namespace) -> bool:
+    is_old = options.older_than is not None and time.time() - entry.used > options.older_than
+    return is_old or (options.stale and _is_stale(entry.header.key))
+
+
+def _is_stale(key: Key) -> bool:
+    parts = dict(key.parts)
+    return any(parts.get(name, value) != value for name, value in _current())
+
+
+def _current() -> Iterator[tuple[str, str]]:
+    try:
+        yield "mlx", metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        pass
+    yield "translator", translator_digest(Path(__file__).parent)
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _run_with_progress(command: Sequence[str], environment: dict[str, str], added: Callable[[], int]) -> int:
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    while True:
+        try:
+            code = process.wait(1.0)
+            break
+        except subprocess.TimeoutExpired:
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{added()} programs added ")
+        except KeyboardInterrupt:
+            continue  # the script has had it, too, and ends as it likes
+    return code if code >= 0 else 128 - code

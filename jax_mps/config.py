@@ -1,0 +1,50 @@
+"""Settings, read once from `JAX_MPS_*` environment variables. One clear error for a value that is not one of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jax_mps.errors import InvalidOption
+
+_CHOICES = {
+    "JAX_MPS_DEVICE": ("auto", "cpu", "gpu"),
+    "JAX_MPS_HOST": ("allow", "error"),
+    "JAX_MPS_COMPILE": ("auto", "0", "1"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user chose.
+
+    device: MLX's device, `auto` for its default. host: `error` refuses what MLX cannot run. compile: `mx.compile` from the second call,
+    `auto` for on a GPU only (on CPU it runs g++ for 1-2 s a kernel).
+    """
+
+    device: str = "auto"
+    host: str = "allow"
+    compile: str = "auto"
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the environment.
+
+        Raises:
+            InvalidOption: a variable has a value that is not one of its choices.
+        """
+        chosen = {}
+        for name, choices in _CHOICES.items():
+            value = environ.get(name, "") or choices[0]
+            if value not in choices:
+                raise InvalidOption(f"{name}={value!r}: choose one of {', '.join(choices)}")
+            chosen[name.removeprefix("JAX_MPS_").lower()] = value
+        return cls(**chosen)
+
+
+@functools.cache
+def settings() -> Settings:
+    """The process's settings."""
+    return Settings.read(os.environ)

@@ -1,0 +1,76 @@
+"""Values behind PJRT buffers: `mx.array`s, or NumPy arrays for the dtypes that MLX lacks. Copies in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps import runtime
+from jax_mps.errors import InvalidProgram
+from jax_mps.ops.dtypes import mx_array
+from jax_mps.pjrt.types import DTYPES
+from jax_mps.plan.types import DEVICE_DTYPES, numpy_dtype
+
+# Arrays that `from_mlx` hands over by the address of a stand-in (JAX.md, 2a).
+_adopted: dict[int, Any] = {}
+
+
+def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, bool]:
+    """A value of dense row-major bytes that are only valid during the call; whether it is a host value."""
+    name = DTYPES.get(dtype)
+    if name is None:
+        raise InvalidProgram(f"buffers of PJRT element type {dtype} are unknown to this plugin")
+    array = np.frombuffer(view, numpy_dtype(name)).reshape(dims)
+    if name not in DEVICE_DTYPES:
+        return array.copy(), True
+    runtime.require_memory(array.nbytes)
+    with runtime.locked():
+        return mx_array(array, name), False
+
+
+def adopt(address: int) -> tuple[Any, bool] | None:
+    """The value that `from_mlx` announced under the address of its stand-in."""
+    value = _adopted.pop(address, None)
+    return None if value is None else (value, not isinstance(value, mx.array))
+
+
+def announce(address: int, value: Any) -> None:
+    """Let the next buffer made from this host address be `value` itself."""
+    _adopted[address] = value
+
+
+def host_view(value: Any) -> tuple[Any, Any]:
+    """The value with its data row-major and evaluated, and an object that exports it through the buffer protocol."""
+    if not isinstance(value, mx.array):
+        dense = np.ascontiguousarray(value).reshape(value.shape)
+        return dense, dense.view(np.uint8) if dense.dtype.kind not in "biufc" and dense.ndim and dense.size else _exportable(dense)
+    with runtime.locked():
+        dense = mx.contiguous(value)
+    runtime.evaluate([dense])
+    if runtime.device_kind() == "cuda":
+        with runtime.locked():
+            copy = mx.array(dense)  # reading moves an array to managed memory for good: read a copy
+            mx.eval(copy)
+            return value, memoryview(copy)
+    with runtime.locked():
+        return dense, memoryview(dense)
+
+
+def _exportable(array: np.ndarray[Any, Any]) -> Any:
+    """ml_dtypes have no buffer format: their bytes have."""
+    return array if array.dtype.isbuiltin == 1 else np.frombuffer(array.tobytes(), np.uint8)
+
+
+def evaluate(values: Sequence[Any]) -> None:
+    """Block until the values are evaluated; raises what MLX raised."""
+    arrays = [v for v in values if isinstance(v, mx.array)]
+    if arrays:
+        runtime.evaluate(arrays)
+
+
+def schedule(values: Sequence[Any]) -> None:
+    """Start evaluating; the caller holds the lock."""
+    mx.async_eval(*[v for v in values if isinstance(v, mx.array)])

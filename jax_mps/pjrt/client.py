@@ -1,0 +1,206 @@
+"""Compile: raw key, canonical key, memory, disk, translation; in that order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import jax_mps
+from jax_mps import runtime
+from jax_mps.cache import Alias, Entry, Key, Store, Writer, key, translator_digest
+from jax_mps.config import settings
+from jax_mps.pjrt import options as compile_options
+from jax_mps.pjrt.executable import Executable
+from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
+from jax_mps.plan.segments import Callback, Device
+from jax_mps.plan.types import TensorType, numpy_dtype
+from jax_mps.stats import count
+
+log = logging.getLogger(__name__)
+
+# Programs kept alive in memory though no executable uses them, by the bytes of their modules.
+_KEEP_BYTES = 64 << 20
+
+
+class Client:
+    """One per process: the programs in memory, the store on disk, the writer behind it."""
+
+    def __init__(self) -> None:
+        process_folder()  # made before the writer, so that it goes after the writer's last flush
+        self.store = Store()
+        self.writer = Writer()
+        self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
+        self._aliases: OrderedDict[str, tuple[Program, str, int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    # ---- compile -----------------------------------------------------------------------------------------------------------------
+
+    def compile(self, code: bytes, options: bytes) -> Executable:
+        """An executable for a StableHLO module.
+
+        Raises:
+            InvalidProgram: the bytes or the options cannot be read, or ask for more than one device.
+            Unsupported: a step that nothing here can run.
+        """
+        chosen = compile_options.read(options)
+        raw = key(("code", code), *self.environment(chosen))
+        known = self.recall(raw)
+        if known is None:
+            known = self.load_by_alias(raw) or self.load_or_translate(code, raw, chosen)
+            self.remember(raw, *known, len(code))
+        program, name = known
+        return Executable(program, name, bytes.fromhex(raw.digest), lambda: compile_options.pack(code, options))
+
+    def environment(self, chosen: compile_options.CompileOptions) -> tuple[tuple[str, str], ...]:
+        """The named parts of a key that are not the program: whatever else changes the result."""
+        device = runtime.device()
+        return (
+            ("format", str(FORMAT)),
+            ("mlx", mx.__version__),
+            ("device", device.kind),
+            ("architecture", device.architecture),
+            ("translator", translator_digest(Path(jax_mps.__file__).parent)),
+            ("host", settings().host),
+            ("tf32", runtime.tf32()),
+            ("options", chosen.text()),
+        )
+
+    def recall(self, raw: Key) -> tuple[Program, str] | None:
+        with self._lock:
+            found = self._aliases.get(raw.digest)
+            if found is None:
+                return None
+            self._aliases.move_to_end(raw.digest)
+        count("memory_hits")
+        return found[0], found[1]
+
+    def remember(self, raw: Key, program: Program, name: str, size: int) -> None:
+        with self._lock:
+            self._aliases[raw.digest] = (program, name, size)
+            self._bytes += size
+            while self._bytes > _KEEP_BYTES and len(self._aliases) > 1:
+                _, (_, _, dropped) = self._aliases.popitem(last=False)
+                self._bytes -= dropped
+
+    def forget(self) -> None:
+        """Drop what is kept only for later compiles."""
+        with self._lock:
+            self._aliases.clear()
+            self._bytes = 0
+
+    # ---- disk --------------------------------------------------------------------------------------------------------------------
+
+    def load_by_alias(self, raw: Key) -> tuple[Program, str] | None:
+        """A program that the raw bytes lead to, without reading MLIR."""
+        if self.uncached:
+            return None
+        alias = self.store.get_alias(raw)
+        if alias is None:
+            return None
+        program = self._programs.get(alias.key.digest) or self.load(alias.key)
+        if program is None:
+            return None
+        count("alias_hits")
+        return program, alias.name
+
+    def load(self, canonical: Key) -> Program | None:
+        """A program from its entry; None if there is none, or anything about it is odd."""
+        entry = self.store.get(canonical)
+        if entry is None:
+            return None
+        try:
+            program = Program.from_manifest(entry.manifest["program"], EntryFiles(entry))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            log.warning("a cache entry is unusable and is made anew: %s", error)
+            count("cache_errors")
+            return None
+        count("disk_hits")
+        count("host_segments", len(program.host_segments))
+        self._programs[canonical.digest] = program
+        return program
+
+    @property
+    def uncached(self) -> bool:
+        """Whether this process must not use function files: its first MLX stream is not ours."""
+        return not runtime.device().first
+
+    def load_or_translate(self, code: bytes, raw: Key, chosen: compile_options.CompileOptions) -> tuple[Program, str]:
+        from jax_mps.plan import build  # MLIR is imported on this path only
+
+        module = build.parse(code)
+        name = build.module_name(module)
+        canonical = key(("module", build.canonical(module)), *self.environment(chosen))
+        program = self._programs.get(canonical.digest)
+        if program is not None:
+            count("memory_hits")
+        elif not self.uncached:
+            program = self.load(canonical)
+        if program is None:
+            program = self.translate(module, canonical)
+        if not has_callbacks(program):
+            self.writer.submit(lambda: self.store.put_alias(raw, Alias(canonical, name)))
+        return program, name
+
+    def translate(self, module: Any, canonical: Key) -> Program:
+        from jax_mps.plan.translate import translate
+
+        count("disk_misses")
+        program, files = translate(module)
+        self._programs[canonical.digest] = program
+        if not has_callbacks(program):
+            self.writer.submit(lambda: self.write(canonical, program, files))
+        return program
+
+    def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
+        """Store a program; runs on the writer's thread."""
+        parts: dict[str, bytes | Path] = {**files.paths, **files.artifacts}
+        segments = program.segments()
+        summary = {
+            "name": program.name,
+            "ops": sum(s.ops for s in segments if isinstance(s, Device)),
+            "segments": len(segments),
+            "host_segments": len(program.host_segments),
+            "device": runtime.device_kind(),
+        }
+        stored = {digest: value.tobytes() for digest, value in files.constants.items()}
+        self.store.put(canonical, {"program": program.manifest, "summary": summary}, parts, stored)
+
+
+def has_callbacks(program: Program) -> bool:
+    """Whether the program calls back into this process's Python: its ids mean nothing elsewhere."""
+    return any(isinstance(s, Callback) for s in program.segments())
+
+
+class EntryFiles:
+    """A program's parts in a cache entry, their checksums verified when the entry was read."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._held: list[Any] = []
+
+    def function(self, name: str) -> Callable[..., Any]:
+        with self.entry.path(name) as path:
+            return import_function(path)
+
+    def artifact(self, name: str) -> bytes:
+        return self.entry.read(name)
+
+    def constant(self, digest: str, kind: TensorType) -> mx.array:
+        held = constants.get(digest, kind, lambda: self._read(digest, kind))
+        self._held.append(held)
+        return held.array
+
+    def _read(self, digest: str, kind: TensorType) -> mx.array:
+        import numpy as np
+
+        from jax_mps.ops.dtypes import mx_array
+
+        return mx_array(np.frombuffer(self.entry.constant(digest), numpy_dtype(kind.dtype)).reshape(kind.shape), kind.dtype)

@@ -1,0 +1,161 @@
+"""What C calls: one Python function for each hook of the shim (cshim/README.md). Exceptions become PJRT errors in `describe_error`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from jax_mps import runtime
+from jax_mps._shim import ffi, lib
+from jax_mps.errors import INTERNAL, RESOURCE_EXHAUSTED, InvalidProgram, JaxMpsError
+from jax_mps.pjrt import buffer, options
+from jax_mps.pjrt.client import Client
+from jax_mps.pjrt.executable import Executable
+
+log = logging.getLogger(__name__)
+
+_client: Client | None = None
+_making = threading.Lock()
+
+# An execution of more elements than this is evaluated at once; cheaper ones stay lazy until so many are waiting, or so many bytes.
+EAGER_COST = 1 << 17
+LAZY_LIMIT = 32
+LAZY_BYTES = 256 << 20
+
+
+def client() -> Client:
+    """The process's client."""
+    global _client
+    with _making:
+        if _client is None:
+            _client = Client()
+        return _client
+
+
+def plugin_attributes() -> dict[str, Any]:
+    """The StableHLO versions of the jaxlib that is running, so that programs arrive in its own."""
+    from jax_mps import compat
+
+    current, minimum = compat.stablehlo_versions()
+    return {"xla_version": 2, "stablehlo_current_version": current, "stablehlo_minimum_version": minimum}
+
+
+def client_create(given: dict[str, Any]) -> dict[str, Any]:
+    """What the client, its one device and memory say of themselves."""
+    device = runtime.device()
+    client()
+    names = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
+    return {
+        "platform_name": "mps",
+        "platform_version": f"jax-mps on MLX {mx.__version__} ({device.kind})",
+        "device_kind": f"MLX {device.kind} {device.architecture}",
+        "device_string": f"mps:0 (MLX {names[device.kind]})",
+        "memory_kind": "device",
+        "is_on_cpu": device.kind != "cuda",
+        "attributes": {"mlx_device": device.kind, "architecture": device.architecture},
+        "eager_cost": EAGER_COST,
+        "lazy_limit": LAZY_LIMIT,
+        "lazy_bytes": LAZY_BYTES,
+    }
+
+
+def client_destroy() -> None:
+    """Forget what only later compiles would use."""
+    if _client is not None:
+        _client.forget()
+
+
+def compile(code: bytes, format: str, given: bytes) -> Executable:
+    """Compile a program."""
+    if format != "mlir":
+        raise InvalidProgram(f"programs of format {format!r} are not known here; StableHLO comes as 'mlir'")
+    return client().compile(code, given)
+
+
+def load(serialized: bytes, given: bytes) -> Executable:
+    """Load what `serialize` made."""
+    code, packed = options.unpack(serialized)
+    return client().compile(code, packed)
+
+
+def serialize(executable: Executable) -> bytes:
+    """The program and its options as bytes; a program with callbacks means nothing in another process."""
+    from jax_mps.pjrt.client import has_callbacks
+
+    if has_callbacks(executable.program):
+        raise NotSerializable("a program with callbacks into Python cannot be serialized")
+    return executable.source()
+
+
+class NotSerializable(JaxMpsError):
+    """An executable that only means something in this process."""
+
+    code = 12
+
+
+def optimized_program(executable: Executable) -> bytes | None:
+    """None: JAX asks three times per compile and converts what it gets to HLO each time."""
+    return None
+
+
+def memory_stats() -> dict[str, int]:
+    """MLX's own counts, in bytes."""
+    return {
+        "bytes_in_use": mx.get_active_memory(),
+        "peak_bytes_in_use": mx.get_peak_memory(),
+        "bytes_limit": runtime.memory_limit(),
+    }
+
+
+def cost_analysis(executable: Executable) -> dict[str, float]:
+    """Nothing yet that could be vouched for."""
+    return {}
+
+
+def describe_error(error: BaseException) -> tuple[int, str]:
+    """An exception as a PJRT error code and message."""
+    if isinstance(error, JaxMpsError):
+        return error.code, str(error)
+    if isinstance(error, MemoryError):
+        return RESOURCE_EXHAUSTED, str(error) or "out of memory"
+    log.debug("an error on the way to JAX", exc_info=error)
+    return INTERNAL, f"{type(error).__name__}: {error}"
+
+
+def prepare(executable: Executable, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
+    return executable.prepare(run)
+
+
+def execute(executable: Executable, arguments: list[Any]) -> Sequence[Any]:
+    return executable.execute(arguments)
+
+
+def hooks() -> dict[str, Callable[..., Any]]:
+    """Every hook of the shim by name."""
+    own = (
+        plugin_attributes, client_create, client_destroy, compile, load, serialize, optimized_program,
+        memory_stats, cost_analysis, describe_error, prepare, execute,
+    )  # fmt: skip
+    copies = (buffer.from_host, buffer.adopt, buffer.host_view, buffer.evaluate, buffer.schedule)
+    return {f.__name__: f for f in (*own, *copies)}
+
+
+def install() -> Any:
+    """Give the shim its hooks; returns the capsule of the PJRT table. Called once."""
+    table = hooks()
+    if lib.shim_install(id(table)) != 0:
+        raise JaxMpsError("the shim refused its hooks: jax_mps and jax_mps._shim are of different versions")
+    os.register_at_fork(after_in_child=lib.shim_forked)
+    atexit.register(lib.shim_finalize)
+    capsules: list[Any] = []
+    lib.shim_append_capsule(id(capsules))
+    return capsules[0]
+
+
+__all__ = ["client", "ffi", "hooks", "install"]

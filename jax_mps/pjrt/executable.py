@@ -1,0 +1,73 @@
+"""The executable that the shim runs: its signature as C reads it, and the two ways of running (one function, or a tree of segments)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from jax_mps import runtime
+from jax_mps.config import settings
+from jax_mps.ops.dtypes import mx_array
+from jax_mps.pjrt.types import NUMBERS
+from jax_mps.plan.program import Program
+from jax_mps.plan.segments import Device
+from jax_mps.plan.types import DEVICE_DTYPES, TensorType
+from jax_mps.stats import count
+
+log = logging.getLogger(__name__)
+
+
+class Executable:
+    """A program under the name and options that one compile call gave it. C reads the attributes once (cshim/README.md)."""
+
+    def __init__(self, program: Program, name: str, fingerprint: bytes, source: Callable[[], bytes]) -> None:
+        self.program = program
+        self.source = source  # what `serialize` stores
+        self.name = name
+        self.fingerprint = fingerprint
+        self.code_size = 0
+        self.parameter_types = tuple(_pjrt(t) for t in program.parameters)
+        self.output_types = tuple(_pjrt(t) for t in program.results)
+        self.output_is_host = tuple(t.dtype not in DEVICE_DTYPES for t in program.results)
+        self.donated = program.donated
+        self.effects = program.effects
+        function = program.direct
+        self.function: Device | None = function if function is not None and not any(self.output_is_host) else None
+        self.direct = self.function is not None
+        self.cost = self.function.cost if self.function else 0
+        self.copied = program.identities
+
+    def prepare(self, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
+        """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
+        assert self.function is not None
+        function, leading = self.function.load()
+        compiled = _wants_compile()
+        if run == 0 or not compiled:
+            return function, leading, compiled
+        count("compiles")
+        return mx.compile(function), leading, False  # from the second call on: the first made the function's constants real (MLX.md, A6)
+
+    def execute(self, arguments: list[Any]) -> Sequence[Any]:
+        """Run the program on the executor's thread; `arguments` is emptied as values die."""
+        results = self.program.block.run(arguments)
+        return [_result(v, t) for v, t in zip(results, self.program.results, strict=True)]
+
+
+def _wants_compile() -> bool:
+    chosen = settings().compile
+    return runtime.device_kind() != "cpu" if chosen == "auto" else chosen == "1"
+
+
+def _pjrt(kind: TensorType) -> tuple[int, tuple[int, ...]]:
+    return NUMBERS[kind.dtype], kind.shape
+
+
+def _result(value: Any, kind: TensorType) -> Any:
+    """A result as buffers hold it: device dtypes on the device, host dtypes as NumPy."""
+    if kind.dtype in DEVICE_DTYPES and not isinstance(value, mx.array):
+        with runtime.locked():
+            return mx_array(value, kind.dtype)
+    return value

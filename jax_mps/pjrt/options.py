@@ -1,0 +1,109 @@
+"""The few fields of XLA's CompileOptionsProto that matter to one device, read without protobuf.
+
+The option bytes are not deterministic between processes (a map inside is in random order), so they are never hashed: `text` is.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jax_mps.errors import InvalidProgram
+
+_MAGIC = b"jax-mps program 1\n"
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """num_replicas, num_partitions; overrides: what the user gave to `jax.jit(..., compiler_options={...})`, sorted by name."""
+
+    num_replicas: int = 1
+    num_partitions: int = 1
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def text(self) -> str:
+        """The overrides, for a key."""
+        return ";".join(f"{name}={value}" for name, value in self.overrides)
+
+
+def read(options: bytes) -> CompileOptions:
+    """Read a serialized CompileOptionsProto (fields 3 = executable_build_options {4, 5}, 7 = map of overrides).
+
+    Raises:
+        InvalidProgram: the bytes are no protobuf message.
+    """
+    try:
+        replicas = partitions = 1
+        overrides: list[tuple[str, str]] = []
+        for number, value in _fields(options):
+            if number == 3 and isinstance(value, bytes):
+                build = dict(_fields(value))
+                replicas, partitions = (int(build.get(n, 1) or 1) for n in (4, 5))  # type: ignore[arg-type]
+            elif number == 7 and isinstance(value, bytes):
+                entry = dict(_fields(value))
+                overrides.append((_text(entry.get(1, b"")), repr(_override(entry.get(2, b"")))))
+    except (IndexError, ValueError, struct.error) as error:
+        raise InvalidProgram(f"the compile options are no CompileOptionsProto: {error}") from error
+    return CompileOptions(replicas, partitions, tuple(sorted(overrides)))
+
+
+def _text(value: int | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _override(value: int | bytes) -> list[tuple[int, int | bytes]]:
+    return list(_fields(value)) if isinstance(value, bytes) else []
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        kind = tag & 7
+        if kind == 0:
+            value, position = _varint(data, position)
+            yield tag >> 3, value
+        elif kind == 2:
+            length, position = _varint(data, position)
+            if position + length > len(data):
+                raise ValueError("a field runs past the end")
+            yield tag >> 3, data[position : position + length]
+            position += length
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            yield tag >> 3, data[position : position + size]
+            position += size
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def pack(code: bytes, options: bytes) -> bytes:
+    """A serialized executable: the program and its options. Loading it compiles, which the disk cache makes a read."""
+    return _MAGIC + struct.pack("<QQ", len(code), len(options)) + code + options
+
+
+def unpack(data: bytes) -> tuple[bytes, bytes]:
+    """What `pack` packed.
+
+    Raises:
+        InvalidProgram: the bytes are not one of ours, or cut short.
+    """
+    head = len(_MAGIC) + 16
+    if not data.startswith(_MAGIC) or len(data) < head:
+        raise InvalidProgram("the serialized executable was not made by jax-mps")
+    code, options = struct.unpack("<QQ", data[len(_MAGIC) : head])
+    if len(data) != head + code + options:
+        raise InvalidProgram("the serialized executable is cut short")
+    return data[head : head + code], data[head + code :]

@@ -1,0 +1,273 @@
+"""StableHLO bytes to a `Plan`: read, normalise with MLIR's passes, walk the blocks, inline calls.
+
+What a composite or a custom call means is not decided here; a composite that no lowering claims is replaced by its decomposition.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import chlo, mhlo, mpmd, sdy, stablehlo
+
+from jax_mps.errors import InvalidProgram
+from jax_mps.plan import attributes
+from jax_mps.plan.defaults import complete
+from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
+
+log = logging.getLogger(__name__)
+
+Claims = Callable[[Step], bool]  # whether some lowering takes a composite whole
+
+_IDENTITIES = frozenset(["sdy.sharding_constraint", "sdy.reshard", "sdy.propagation_barrier"])
+_IGNORED = frozenset(["sdy.mesh"])
+_RETURNS = frozenset(["func.return", "stablehlo.return", "sdy.return"])
+
+
+@functools.cache
+def _registry() -> ir.DialectRegistry:
+    from jaxlib.mlir._mlir_libs import _jax_mlir_ext
+
+    registry = ir.DialectRegistry()
+    _jax_mlir_ext.register_dialects(registry)
+    return registry
+
+
+def make_context() -> ir.Context:
+    """A context that knows every dialect a JAX program may hold."""
+    context = ir.Context()
+    context.append_dialect_registry(_registry())
+    context.load_all_available_dialects()
+    stablehlo.register_dialect(context)
+    chlo.register_dialect(context)
+    sdy.register_dialect(context)
+    mpmd.register_dialect(context)
+    mhlo.register_mhlo_dialect(context)
+    context.enable_multithreading(False)  # a thread pool for each context would be leaked
+    return context
+
+
+def parse(code: bytes) -> ir.Module:
+    """Read a StableHLO portable artifact, MLIR bytecode or text.
+
+    Raises:
+        InvalidProgram: the bytes are none of these, or do not verify.
+    """
+    context = make_context()
+    try:
+        if code[:4] == b"ML\xefR":
+            return stablehlo.deserialize_portable_artifact(context, code)
+    except Exception as error:  # the bindings raise bare RuntimeError, ValueError and MLIRError for the same thing
+        log.debug("no portable artifact: %s", error)
+    try:
+        with context:
+            return ir.Module.parse(code)
+    except Exception as error:
+        raise InvalidProgram(f"the program ({len(code)} bytes) is no StableHLO module that this jaxlib can read: {error}") from error
+
+
+def canonical(module: ir.Module) -> bytes:
+    """The module's text without locations and with a fixed name: what two programs that differ in neither meaning nor form share.
+
+    Text, not bytecode: the bytecode's header names MLIR's version, and JAX's minor versions would share nothing.
+    """
+    name = module.operation.attributes["sym_name"] if "sym_name" in module.operation.attributes else None
+    with module.context:
+        module.operation.attributes["sym_name"] = ir.StringAttr.get("main")
+    try:
+        text = module.operation.get_asm(enable_debug_info=False, print_generic_op_form=True, large_elements_limit=None)
+    finally:
+        if name is None:
+            del module.operation.attributes["sym_name"]
+        else:
+            module.operation.attributes["sym_name"] = name
+    return text.encode()
+
+
+def module_name(module: ir.Module) -> str:
+    """The program's own name ("jit_f")."""
+    attrs = module.operation.attributes
+    return ir.StringAttr(attrs["sym_name"]).value if "sym_name" in attrs else "main"
+
+
+def build(module: ir.Module, claims: Claims = lambda step: False) -> Plan:
+    """Translate a module whose entry is `@main` (or its only public function) into a plan.
+
+    Raises:
+        InvalidProgram: no entry function, a dynamic shape that nothing refines, or a call of an unknown function.
+    """
+    return _Builder(module, claims).plan()
+
+
+class _Builder:
+    """One walk over a module. `scope` maps MLIR values to ours; it is copied on the way into a function or region."""
+
+    def __init__(self, module: ir.Module, claims: Claims) -> None:
+        self.module = module
+        self.claims = claims
+        self.functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in module.body.operations if op.operation.name == "func.func"}
+        self.types: dict[ir.Type, TensorType] = {}
+        self.tuples: dict[ir.Value, tuple[Value, ...]] = {}
+
+    def plan(self) -> Plan:
+        main = self.functions.get("main") or next(iter(self.functions.values()), None)
+        if main is None:
+            raise InvalidProgram("the module has no function")
+        block = main.regions[0].blocks[0]
+        attrs = self.module.operation.attributes
+        return Plan(
+            name=module_name(self.module),
+            body=self.region(block, {}),
+            donated=tuple(self.donated(main)),
+            num_replicas=ir.IntegerAttr(attrs["mhlo.num_replicas"]).value if "mhlo.num_replicas" in attrs else 1,
+            num_partitions=ir.IntegerAttr(attrs["mhlo.num_partitions"]).value if "mhlo.num_partitions" in attrs else 1,
+        )
+
+    def donated(self, main: ir.OpView) -> Iterator[int]:
+        if "arg_attrs" not in main.attributes:
+            return
+        for position, attrs in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
+            named = ir.DictAttr(attrs)
+            if "tf.aliasing_output" in named or "jax.buffer_donor" in named:
+                yield position
+
+    def type(self, kind: ir.Type) -> TensorType:
+        known = self.types.get(kind)
+        if known is None:
+            try:
+                known = self.types[kind] = attributes.tensor_type(str(kind))
+            except ValueError as error:
+                raise InvalidProgram(str(error)) from None
+        return known
+
+    def region(self, block: ir.Block, scope: dict[ir.Value, Value]) -> Region:
+        """A block as a region; values of `scope` that it reads are captures."""
+        inner = dict(scope)
+        arguments = tuple(Value(self.type(a.type)) for a in block.arguments)
+        inner.update(zip(block.arguments, arguments, strict=True))
+        steps: list[Step] = []
+        results = self.walk(block, inner, steps)
+        return Region(arguments, tuple(steps), results)
+
+    def walk(self, block: ir.Block, scope: dict[ir.Value, Value], steps: list[Step]) -> tuple[Value, ...]:
+        for view in block.operations:
+            op = view.operation
+            if op.name in _RETURNS:
+                return self.flatten(op.operands, scope)
+            self.visit(op, scope, steps)
+        return ()
+
+    def flatten(self, operands: Any, scope: dict[ir.Value, Value]) -> tuple[Value, ...]:
+        """Operands as our values, tuples spread into their elements."""
+        found: list[Value] = []
+        for v in operands:
+            if v in self.tuples:
+                found.extend(self.tuples[v])
+            else:
+                found.append(scope[v])
+        return tuple(found)
+
+    def visit(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+        name = op.name
+        if name in _IGNORED:
+            return
+        if name in _IDENTITIES:
+            scope[op.results[0]] = scope[op.operands[0]]
+        elif name in ("func.call", "sdy.manual_computation", "sdy.named_computation"):
+            self.inline(op, scope, steps)
+        elif name == "stablehlo.composite":
+            self.composite(op, scope, steps)
+        elif name == "stablehlo.tuple":
+            self.tuples[op.results[0]] = self.flatten(op.operands, scope)
+        elif name == "stablehlo.get_tuple_element":
+            index = ir.IntegerAttr(op.attributes["index"]).value
+            scope[op.results[0]] = self.tuples[op.operands[0]][index]
+        elif name == "stablehlo.constant" or name == "arith.constant":
+            self.emit(Step("stablehlo.constant", (), (Value(self.type(op.results[0].type)),), {"value": attributes.constant(op)}, text=()), op, scope, steps)
+        else:
+            self.emit(self.step(op, scope), op, scope, steps)
+
+    def emit(self, step: Step, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+        steps.append(step)
+        if len(op.results) == len(step.results):
+            scope.update(zip(op.results, step.results, strict=True))
+        else:  # one result of tuple type
+            self.tuples[op.results[0]] = step.results
+
+    def step(self, op: ir.Operation, scope: dict[ir.Value, Value]) -> Step:
+        decoded: dict[str, Any] = {}
+        text: list[tuple[str, str]] = []
+        for name, attribute in _attributes(op):
+            text.append((name, str(attribute)))
+            decoded.update(attributes.decode(name, attribute))
+        bare = Step(
+            name=op.name,
+            operands=self.flatten(op.operands, scope),
+            results=tuple(Value(t) for t in self.result_types(op)),
+            attributes=decoded,
+            regions=tuple(self.region(r.blocks[0], scope) if len(r.blocks) else Region((), (), ()) for r in op.regions),
+            location=_location(op.location),
+            text=tuple(text),
+        )
+        object.__setattr__(bare, "attributes", complete(bare))
+        return bare
+
+    def result_types(self, op: ir.Operation) -> list[TensorType]:
+        if len(op.results) == 1 and str(op.results[0].type).startswith("tuple<"):
+            kind = ir.TupleType(op.results[0].type)
+            return [self.type(kind.get_type(i)) for i in range(kind.num_types)]
+        return [self.type(r.type) for r in op.results]
+
+    def inline(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+        """Replace a call (or a manual computation on one device) by the steps of its body."""
+        body = op.regions[0].blocks[0] if op.name.startswith("sdy.") else self.function(ir.FlatSymbolRefAttr(op.attributes["callee"]).value)
+        inner = dict(zip(body.arguments, self.flatten(op.operands, scope), strict=True))
+        results = self.walk(body, inner if op.name == "func.call" else {**scope, **inner}, steps)
+        scope.update(zip(op.results, results, strict=True))
+
+    def function(self, name: str) -> ir.Block:
+        if name not in self.functions:
+            raise InvalidProgram(f"a call of @{name}, which the module does not define")
+        return self.functions[name].regions[0].blocks[0]
+
+    def composite(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+        body = self.function(ir.FlatSymbolRefAttr(op.attributes["decomposition"]).value)
+        operands = self.flatten(op.operands, scope)
+        inner: dict[str, Any] = {}
+        if "composite_attributes" in op.attributes:
+            for named in ir.DictAttr(op.attributes["composite_attributes"]):
+                inner.update(attributes.decode(named.name, named.attr))
+        step = Step(
+            name=ir.StringAttr(op.attributes["name"]).value,
+            operands=operands,
+            results=tuple(Value(t) for t in self.result_types(op)),
+            attributes={**inner, "version": ir.IntegerAttr(op.attributes["version"]).value if "version" in op.attributes else 0},
+            location=_location(op.location),
+        )
+        if self.claims(step):
+            self.emit(step, op, scope, steps)
+            return
+        results = self.walk(body, dict(zip(body.arguments, operands, strict=True)), steps)
+        scope.update(zip(op.results, results, strict=True))
+
+
+def _attributes(op: ir.Operation) -> Iterator[tuple[str, ir.Attribute]]:
+    for item in op.attributes:
+        if isinstance(item, str):  # jaxlib 0.10 iterates names, later ones named attributes
+            yield item, op.attributes[item]
+        else:
+            yield item.name, item.attr
+
+
+def _location(location: ir.Location) -> str:
+    """`file:line` of the user's code, innermost first, from MLIR's nested location."""
+    text = str(location)
+    found = _FILE.findall(text)
+    return f"{found[0][0]}:{found[0][1]}" if found else ""
+
+
+_FILE = re.compile(r'"([^"]+)":(\d+):\d+')

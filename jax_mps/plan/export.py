@@ -1,0 +1,143 @@
+"""A device segment's steps as an MLX function file: lowered, traced and written by `mx.export_function`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps import runtime
+from jax_mps.ops.dtypes import MX, mx_array
+from jax_mps.ops.registry import LoweredStep, lower_steps
+from jax_mps.plan.types import Step, Value
+
+# A constant of more bytes than this is an input of the function, stored by content and shared (MLX inlines captured ones, unmapped).
+MAX_INLINE_CONSTANT = 2048
+# Deeper graphs than this are traced on a thread with a big stack: MLX's export recurses per op.
+DEEP = 800
+_STACK = 512 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A large constant: row-major bytes, shape, dtype; `digest` addresses it in the cache."""
+
+    digest: str
+    value: np.ndarray[Any, Any]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traceable:
+    """A device segment before export: `function(*constants, *reads)` builds its graph."""
+
+    function: Callable[..., list[mx.array]]
+    constants: tuple[Constant, ...]
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    size: int
+
+
+def digest_of(value: np.ndarray[Any, Any]) -> str:
+    """The content address of a constant's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def traceable(steps: Sequence[Step], reads: tuple[Value, ...], writes: tuple[Value, ...]) -> Traceable:
+    """Lower the steps; large constants among them become leading inputs."""
+    large = [s for s in steps if _is_large(s)]
+    lowered = lower_steps([s for s in steps if not _is_large(s)])
+    leading = [s.results[0] for s in large]
+    constants = tuple(Constant(digest_of(s.value), s.value, s.result.dtype) for s in large)
+    last = _last_use(lowered, writes)
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        env = dict(zip((*leading, *reads), arrays, strict=True))
+        for index, step in enumerate(lowered):
+            step(env)
+            for value in last.get(index, ()):
+                env.pop(value, None)
+        return [env[v] for v in writes]
+
+    return Traceable(function, constants, reads, writes, len(lowered))
+
+
+def _is_large(step: Step) -> bool:
+    if step.name != "stablehlo.constant" or step.result.nbytes <= MAX_INLINE_CONSTANT:
+        return False
+    return any(stride != 0 for stride, dim in zip(step.value.strides, step.value.shape, strict=True) if dim > 1)
+
+
+def _last_use(lowered: Sequence[LoweredStep], writes: Sequence[Value]) -> dict[int, list[Value]]:
+    """Values that are dead after each step."""
+    last: dict[Value, int] = {}
+    for index, step in enumerate(lowered):
+        for value in step.step.reads():
+            last[value] = index
+    for value in writes:
+        last.pop(value, None)
+    dead: dict[int, list[Value]] = {}
+    for value, index in last.items():
+        dead.setdefault(index, []).append(value)
+    return dead
+
+
+def export(segment: Traceable, folder: Path) -> Path:
+    """Write the segment's function to a new file in `folder`.
+
+    Raises:
+        ValueError: a primitive that MLX cannot serialise (a lowering's fault).
+    """
+    samples = [mx.zeros(c.value.shape, MX[c.dtype]) for c in segment.constants]
+    samples += [mx.zeros(v.shape, MX[v.dtype]) for v in segment.reads]
+    handle, name = tempfile.mkstemp(".mlxfn", dir=folder)
+    os.close(handle)
+    path = Path(name)
+    with runtime.locked():
+        with_big_stack(lambda: mx.export_function(str(path), segment.function, *samples), segment.size > DEEP)
+    return path
+
+
+_stack_size = threading.Lock()
+
+
+def with_big_stack(work: Callable[[], T], deep: bool) -> T:
+    """Run `work`, on a thread with a 512 MiB stack if it is deep. The caller's lock covers it: the caller only waits."""
+    if not deep:
+        return work()
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with mx.stream(runtime.device().stream):
+                result.append(work())
+        except BaseException as error:  # handed to the caller's thread below
+            failure.append(error)
+
+    with _stack_size:
+        previous = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run, name="jax-mps export")
+            thread.start()
+        finally:
+            threading.stack_size(previous)
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def device_array(constant: np.ndarray[Any, Any], dtype: str) -> mx.array:
+    """A constant on the device."""
+    return mx_array(constant, dtype)

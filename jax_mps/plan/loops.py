@@ -1,0 +1,218 @@
+"""What a `while` says of itself: its counter, its trip count, the values it never changes; and unrolling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jax_mps.plan.types import Region, Step, TensorType, Value
+
+# A loop of a static trip count is unrolled into its segment while trips x body steps stay within this budget.
+UNROLL_BUDGET = 512
+# ... and a longer one has this many steps in each chunk of iterations that is exported as one function.
+CHUNK_BUDGET = 96
+
+Constants = Mapping[Value, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Carry `position` runs from its initial value by `step` while `direction` holds against `bound` (a constant, or the value of a carry
+    that the body never changes, or a captured value)."""
+
+    position: int
+    step: int
+    direction: str
+    bound: int | None
+    bound_carry: int | None = None
+    bound_capture: Value | None = None
+
+    def trips(self, start: int, bound: int) -> int:
+        """Number of times that the body runs."""
+        distance = bound - start
+        match self.direction:
+            case "LT":
+                return max(0, -(-distance // self.step))
+            case "LE":
+                return max(0, distance // self.step + 1)
+            case "GT":
+                return max(0, -(distance // -self.step)) if distance < 0 else 0
+            case _:  # GE
+                return max(0, -distance // -self.step + 1) if distance <= 0 else 0
+
+
+def invariants(body: Region) -> frozenset[int]:
+    """Carry positions that the body returns unchanged."""
+    return frozenset(i for i, (a, r) in enumerate(zip(body.arguments, body.results, strict=True)) if a is r)
+
+
+def find_counter(cond: Region, body: Region, constants: Constants) -> Counter | None:
+    """Recognise `i < bound` over a carry that the body increases by a constant (the spec knows no counted loop; JAX emits this)."""
+    inside = {**constants, **_constants(cond), **_constants(body)}
+    if len(cond.results) != 1:
+        return None
+    test = _producer(cond, cond.results[0])
+    if test is None or test.name != "stablehlo.compare" or not test.operand.is_integer:
+        return None
+    direction = test.comparison_direction
+    lhs, rhs = test.operands
+    if lhs not in cond.arguments:
+        lhs, rhs, direction = rhs, lhs, {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
+    if lhs not in cond.arguments or direction not in ("LT", "LE", "GT", "GE"):
+        return None
+    position = cond.arguments.index(lhs)
+    step = _increment(body, position, inside)
+    if step is None or (step > 0) != (direction in ("LT", "LE")):
+        return None
+    if rhs in inside:
+        return Counter(position, step, direction, int(inside[rhs]))
+    if rhs in cond.arguments:
+        carry = cond.arguments.index(rhs)
+        return Counter(position, step, direction, None, bound_carry=carry) if carry in invariants(body) else None
+    return Counter(position, step, direction, None, bound_capture=rhs)
+
+
+def _increment(body: Region, position: int, constants: Constants) -> int | None:
+    """The constant that the body adds to a carry, or None."""
+    add = _producer(body, body.results[position])
+    if add is None or add.name not in ("stablehlo.add", "stablehlo.subtract"):
+        return None
+    lhs, rhs = add.operands
+    if lhs is not body.arguments[position]:
+        lhs, rhs = (rhs, lhs) if add.name == "stablehlo.add" else (lhs, rhs)
+    if lhs is not body.arguments[position] or rhs not in constants:
+        return None
+    step = int(constants[rhs])
+    step = -step if add.name == "stablehlo.subtract" else step
+    return step or None
+
+
+def _producer(region: Region, value: Value) -> Step | None:
+    return next((s for s in region.steps if value in s.results), None)
+
+
+def _constants(region: Region) -> dict[Value, np.ndarray]:
+    return {s.results[0]: s.value for s in region.steps if s.name == "stablehlo.constant"}
+
+
+def in_range(counter: Counter, start: int, bound: int, kind: TensorType) -> bool:
+    """Whether the counter ends before it wraps around its type (a wrapping loop is run by its predicate)."""
+    info = np.iinfo(np.dtype(kind.dtype))
+    last = start + counter.trips(start, bound) * counter.step
+    return bool(info.min <= last <= info.max)
+
+
+# ---- cloning ---------------------------------------------------------------------------------------------------------------------
+
+
+def inline(region: Region, arguments: Sequence[Value], steps: list[Step]) -> tuple[Value, ...]:
+    """Append a copy of the region's steps for the given arguments to `steps`; returns the copy's results."""
+    names: dict[Value, Value] = dict(zip(region.arguments, arguments, strict=True))
+    for step in region.steps:
+        steps.append(_renamed(step, names))
+    return tuple(names.get(v, v) for v in region.results)
+
+
+def _renamed(step: Step, names: dict[Value, Value]) -> Step:
+    results = tuple(Value(v.type) for v in step.results)
+    operands = tuple(names.get(v, v) for v in step.operands)
+    regions = tuple(_renamed_region(r, names) for r in step.regions)
+    names.update(zip(step.results, results, strict=True))
+    return replace(step, operands=operands, results=results, regions=regions)
+
+
+def _renamed_region(region: Region, names: dict[Value, Value]) -> Region:
+    inner = dict(names)
+    arguments = tuple(Value(v.type) for v in region.arguments)
+    inner.update(zip(region.arguments, arguments, strict=True))
+    steps = tuple(_renamed(s, inner) for s in region.steps)
+    return Region(arguments, steps, tuple(inner.get(v, v) for v in region.results))
+
+
+def constant_step(value: np.ndarray, dtype: str) -> Step:
+    """A step that makes a constant."""
+    kind = TensorType(value.shape, dtype)
+    return Step("stablehlo.constant", (), (Value(kind),), {"value": value}, text=())
+
+
+def unroll(body: Region, initial: Sequence[Value], trips: int, counter: Counter, start: int, steps: list[Step]) -> tuple[Value, ...]:
+    """Append `trips` copies of the body, the counter a constant in each; returns the last carry."""
+    carry = list(initial)
+    kind = body.arguments[counter.position].type
+    for trip in range(trips):
+        index = constant_step(np.array(start + trip * counter.step, kind.dtype), kind.dtype)
+        steps.append(index)
+        carry[counter.position] = index.results[0]
+        carry = list(inline(body, carry, steps))
+    return tuple(carry)
+
+
+def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bool]) -> Region:
+    """The region with every short loop of static trip count, inner ones first, replaced by copies of its body.
+
+    `fits` says whether the device can run a step; a loop with one that it cannot run is left alone.
+    """
+    if not any(s.name == "stablehlo.while" for s in region.walk()):
+        return region
+    known = dict(constants)
+    names: dict[Value, Value] = {}
+    steps: list[Step] = []
+    for original in region.steps:
+        step = _renamed(original, names)
+        if step.name == "stablehlo.constant":
+            known[step.results[0]] = step.value
+        if step.regions and step.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if"):
+            step = replace(step, regions=tuple(unroll_short(r, known, fits) for r in step.regions))
+        carry = _unrolled(step, known, fits, steps) if step.name == "stablehlo.while" else None
+        if carry is None:
+            steps.append(step)
+        names.update(zip(original.results, step.results if carry is None else carry, strict=True))
+    return Region(region.arguments, tuple(steps), tuple(names.get(v, v) for v in region.results))
+
+
+def _unrolled(step: Step, constants: Constants, fits: Callable[[Step], bool], steps: list[Step]) -> tuple[Value, ...] | None:
+    cond, body = step.regions
+    counter = find_counter(cond, body, constants)
+    if counter is None:
+        return None
+    start = constants.get(step.operands[counter.position])
+    bound = counter.bound if counter.bound_carry is None else _known(constants, step.operands[counter.bound_carry])
+    if counter.bound_capture is not None:
+        bound = _known(constants, counter.bound_capture)
+    if start is None or bound is None or not in_range(counter, int(start), bound, step.operands[counter.position].type):
+        return None
+    trips = counter.trips(int(start), bound)
+    if trips * max(1, size(body)) > UNROLL_BUDGET or not all(fits(s) for s in body.steps):
+        return None
+    return unroll(body, step.operands, trips, counter, int(start), steps)
+
+
+def _known(constants: Constants, value: Value) -> int | None:
+    found = constants.get(value)
+    return None if found is None else int(found)
+
+
+def fused(cond: Region, body: Region) -> Region:
+    """The body followed by the condition on its results: one region that returns the next carry and the next predicate."""
+    arguments = tuple(Value(v.type) for v in body.arguments)
+    steps: list[Step] = []
+    carry = inline(body, arguments, steps)
+    predicate = inline(cond, carry, steps)
+    return Region(arguments, tuple(steps), carry + predicate)
+
+
+def repeated(body: Region, times: int) -> Region:
+    """A region that runs the body `times` times."""
+    arguments = tuple(Value(v.type) for v in body.arguments)
+    steps: list[Step] = []
+    carry: tuple[Value, ...] = arguments
+    for _ in range(times):
+        carry = inline(body, carry, steps)
+    return Region(arguments, tuple(steps), carry)
+
+
+def size(region: Region) -> int:
+    """Number of steps that compute something."""
+    return sum(1 for s in region.walk() if s.name != "stablehlo.constant")

@@ -1,0 +1,311 @@
+"""Cut a plan into nodes: straight lines for the device, maximal convex regions for the host, loops and branches.
+
+The result (`Draft`) is still pure: nothing is exported or compiled here. `segments` turns drafts into what runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from jax_mps.errors import Unsupported
+from jax_mps.plan import loops
+from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
+
+log = logging.getLogger(__name__)
+
+# MLX's export recurses per op: a segment longer than this is cut.
+MAX_DEVICE_STEPS = 4000
+# A branch whose arms have no more steps than this (and run on the device) is computed on both sides and selected.
+SELECT_BUDGET = 8
+
+_CONTROL = frozenset(["stablehlo.while", "stablehlo.case", "stablehlo.if"])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What can run where: `refusal` says why a step cannot run on the device (None if it can), `host_kind` how the host would run it
+    ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error."""
+
+    refusal: Callable[[Step], str | None]
+    host_kind: Callable[[Step], str | None]
+    forbid_host: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A node: what kind of segment, its steps, the values it reads and those it gives to others."""
+
+    kind: str  # "device", "host", "callback", "loop", "branch"
+    steps: list[Step]
+    reads: tuple[Value, ...] = ()
+    writes: tuple[Value, ...] = ()
+    reasons: tuple[str, ...] = ()  # why a host node is there
+    cond: DraftBlock | None = None
+    body: DraftBlock | None = None
+    fused: DraftBlock | None = None
+    chunk: DraftBlock | None = None
+    chunk_length: int = 0
+    counter: loops.Counter | None = None
+    arms: tuple[DraftBlock, ...] = ()
+    carry: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class DraftBlock:
+    """Nodes in order, over inputs (arguments, then captures) to outputs."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    nodes: list[Draft] = field(default_factory=list)
+
+    @property
+    def device_only(self) -> bool:
+        """One device node, whose results are exactly the outputs: the block is one function."""
+        return len(self.nodes) == 1 and self.nodes[0].kind == "device" and set(self.outputs) <= {*self.nodes[0].writes, *self.inputs}
+
+    def walk(self) -> Iterable[Draft]:
+        for node in self.nodes:
+            yield node
+            for block in (node.cond, node.body, *node.arms):
+                if block is not None:
+                    yield from block.walk()
+
+
+def partition(plan: Plan, target: Target) -> DraftBlock:
+    """Cut a whole program.
+
+    Raises:
+        Unsupported: a step that neither the device nor the host can run, or that only the host can while it is forbidden.
+    """
+    cutter = _Cutter(target)
+    body = loops.unroll_short(plan.body, {}, lambda step: cutter.refusal(step) is None)
+    return cutter.block(body, ())
+
+
+def is_device_step(step: Step) -> bool:
+    """Whether MLX has the element types of the step and of its regions."""
+    values = [*step.operands, *step.results]
+    for region in step.regions:
+        values += region.arguments
+        for inner in region.walk():
+            values += [*inner.operands, *inner.results]
+    return all(v.dtype in DEVICE_DTYPES for v in values)
+
+
+def has_effects(step: Step) -> bool:
+    """Whether the step does something that its results do not show (a callback, or a loop around one)."""
+    if step.attributes.get("has_side_effect"):
+        return True
+    return any(has_effects(s) for region in step.regions for s in region.steps)
+
+
+def live_steps(region: Region) -> list[Step]:
+    """The region's steps without those whose results nobody reads."""
+    needed = set(region.results)
+    kept: list[Step] = []
+    for step in reversed(region.steps):
+        if has_effects(step) or any(v in needed for v in step.results):
+            kept.append(step)
+            needed.update(step.reads())
+    return kept[::-1]
+
+
+class _Cutter:
+    """Cuts one block; `inner` makes the cutter of a nested one, which sees the constants of this."""
+
+    def __init__(self, target: Target, constant_steps: Mapping[Value, Step] = MappingProxyType({})) -> None:
+        self.target = target
+        self.constant_steps = dict(constant_steps)
+
+    def inner(self) -> _Cutter:
+        return _Cutter(self.target, self.constant_steps)
+
+    # ---- blocks ------------------------------------------------------------------------------------------------------------------
+
+    def block(self, region: Region, captures: tuple[Value, ...]) -> DraftBlock:
+        """Cut a region; `captures` are inputs after its arguments. Constants of outer scopes are copied in, never captured."""
+        steps = live_steps(region)
+        outer = [self.constant_steps[v] for v in _constants_read(steps, region.results, self.constant_steps)]
+        steps = outer + steps
+        for step in steps:
+            if step.name == "stablehlo.constant":
+                self.constant_steps[step.results[0]] = step
+        draft = DraftBlock(region.arguments + captures, region.results)
+        draft.nodes = self.nodes(steps, region.results)
+        return draft
+
+    def captures(self, *regions: Region) -> tuple[Value, ...]:
+        """What the regions read of enclosing scopes, constants left out."""
+        found: dict[Value, None] = {}
+        for region in regions:
+            for value in region.captures():
+                if value not in self.constant_steps:
+                    found.setdefault(value)
+        return tuple(found)
+
+    # ---- nodes -------------------------------------------------------------------------------------------------------------------
+
+    def nodes(self, steps: list[Step], outputs: tuple[Value, ...]) -> list[Draft]:
+        kinds, reasons = self.classify(steps, outputs)
+        order = _schedule([s for s in steps if s in kinds], kinds)
+        drafts = [self.draft(kind, group, reasons) for kind, group in order]
+        self.wire(drafts, outputs)
+        return drafts
+
+    def classify(self, steps: list[Step], outputs: tuple[Value, ...]) -> tuple[dict[Step, str], dict[Step, str]]:
+        """The kind of each step that needs a node; a constant gets one only where a value is needed outside device and host segments,
+        which hold copies."""
+        reasons: dict[Step, str] = {}
+        kinds = {s: self.kind(s, reasons) for s in steps if s.name != "stablehlo.constant"}
+        wanted = set(outputs)
+        for step, kind in kinds.items():
+            if kind not in ("device", "host"):
+                wanted.update(step.operands)
+        for step in steps:
+            if step.name == "stablehlo.constant" and step.results[0] in wanted:
+                kinds[step] = "device" if step.result.dtype in DEVICE_DTYPES else "host"
+        return kinds, reasons
+
+    def kind(self, step: Step, reasons: dict[Step, str]) -> str:
+        if step.name in ("stablehlo.case", "stablehlo.if") and self.selectable(step):
+            return "device"
+        if step.name in _CONTROL:
+            if self.mostly_host(step):
+                reasons[step] = "most of its body runs on the host"
+                return "host"
+            return "loop" if step.name == "stablehlo.while" else "branch"
+        reason = self.refusal(step)
+        if reason is None:
+            return "device"
+        how = self.target.host_kind(step)
+        if how is None or (self.target.forbid_host and how == "xla"):
+            raise Unsupported(step, reason + ("; JAX_MPS_HOST=error forbids the host" if how else ""))
+        reasons[step] = reason
+        return "host" if how == "xla" else "callback"
+
+    def refusal(self, step: Step) -> str | None:
+        if not is_device_step(step):
+            dtypes = {v.dtype for v in (*step.operands, *step.results)} - DEVICE_DTYPES
+            return f"MLX has no {', '.join(sorted(dtypes)) or 'such element type'}"
+        return self.target.refusal(step)
+
+    def selectable(self, step: Step) -> bool:
+        small = sum(loops.size(r) for r in step.regions) <= SELECT_BUDGET
+        return small and not has_effects(step) and is_device_step(step) and self.target.refusal(step) is None
+
+    def mostly_host(self, step: Step) -> bool:
+        """Whether more than half of a control step's own steps would go to the host through XLA, and all of it can."""
+        if self.target.forbid_host or has_effects(step):
+            return False
+        inner = [s for r in step.regions for s in r.walk() if s.name not in _CONTROL and s.name != "stablehlo.constant"]
+        refused = sum(1 for s in inner if self.refusal(s) is not None)
+        printable = all(s.text is not None and (s.name in _CONTROL or self.target.host_kind(s) in ("xla", None)) for s in inner)
+        return printable and 2 * refused > len(inner)
+
+    def draft(self, kind: str, group: list[Step], reasons: dict[Step, str]) -> Draft:
+        if kind == "loop":
+            return self.loop(group[0])
+        if kind == "branch":
+            return self.branch(group[0])
+        read = [self.constant_steps[v] for v in _constants_read(group, (), self.constant_steps)]
+        copies = [] if kind == "callback" else [s for s in read if s not in group]
+        return Draft(kind, copies + group, reasons=tuple(f"{s.key}: {reasons[s]}" for s in group if s in reasons))
+
+    def wire(self, drafts: list[Draft], outputs: tuple[Value, ...]) -> None:
+        """Fill in what each node reads of and writes for the others."""
+        wanted: set[Value] = set(outputs)
+        for draft in reversed(drafts):
+            if draft.kind in ("device", "host", "callback"):
+                defined = {v for s in draft.steps for v in s.results}
+                draft.reads = tuple(dict.fromkeys(v for s in draft.steps for v in s.reads() if v not in defined))
+                draft.writes = tuple(v for s in draft.steps for v in s.results if v in wanted or draft.kind == "callback")
+                wanted.difference_update(draft.writes)  # of the copies of a constant, the nearest one before its reader is written
+            wanted.update(draft.reads)
+
+    # ---- control flow ------------------------------------------------------------------------------------------------------------
+
+    def loop(self, step: Step) -> Draft:
+        cond, body = step.regions
+        captures = self.captures(cond, body)
+        counter = loops.find_counter(cond, body, {v: s.value for v, s in self.constant_steps.items()})
+        draft = Draft("loop", [], writes=step.results, carry=len(step.operands), counter=counter)
+        draft.reads = step.operands + captures
+        draft.body = self.inner().block(body, captures)
+        draft.cond = self.inner().block(cond, captures)
+        if counter is None:
+            both = loops.fused(cond, body)
+            fused = self.inner().block(both, captures)
+            draft.fused = fused if fused.device_only else None
+        elif draft.body.device_only:
+            length = loops.CHUNK_BUDGET // max(1, loops.size(body))
+            if length > 1:
+                chunk = self.inner().block(loops.repeated(body, length), captures)
+                if chunk.device_only:
+                    draft.chunk, draft.chunk_length = chunk, length
+        return draft
+
+    def branch(self, step: Step) -> Draft:
+        captures = self.captures(*step.regions)
+        arms = tuple(self.inner().block(r, captures) for r in step.regions)
+        return Draft("branch", [], reads=step.operands + captures, writes=step.results, arms=arms)
+
+
+def _constants_read(steps: Iterable[Step], results: Iterable[Value], known: Mapping[Value, Step]) -> list[Value]:
+    """Constants of outer scopes that the steps (their regions included) or results read, in order of first use."""
+    found: dict[Value, None] = {}
+    for step in steps:
+        for value in step.reads():
+            if value in known:
+                found.setdefault(value)
+    for value in results:
+        if value in known:
+            found.setdefault(value)
+    return list(found)
+
+
+def _schedule(steps: list[Step], kinds: Mapping[Step, str]) -> list[tuple[str, list[Step]]]:
+    """Group steps by kind in dependency order: all ready device steps, then all ready host steps, then one control step, and again.
+
+    Effects keep the program's order among themselves.
+    """
+    producer = {v: s for s in steps for v in s.results}
+    position = {s: i for i, s in enumerate(steps)}
+    waiting: dict[Step, int] = {}
+    readers: dict[Step, list[Step]] = {s: [] for s in steps}
+    previous: Step | None = None
+    for step in steps:
+        before = {producer[v] for v in step.reads() if v in producer and producer[v] is not step}
+        if has_effects(step):
+            if previous is not None:
+                before.add(previous)
+            previous = step
+        waiting[step] = len(before)
+        for s in before:
+            readers[s].append(step)
+    ready: dict[str, list[Step]] = {"device": [], "host": [], "callback": [], "loop": [], "branch": []}
+    for step in steps:
+        if waiting[step] == 0:
+            ready[kinds[step]].append(step)
+    groups: list[tuple[str, list[Step]]] = []
+
+    def take(step: Step) -> None:
+        for reader in readers[step]:
+            waiting[reader] -= 1
+            if waiting[reader] == 0:
+                ready[kinds[reader]].append(reader)
+
+    while any(ready.values()):
+        kind = next(k for k, queue in ready.items() if queue)
+        queue = ready[kind]
+        group: list[Step] = []
+        limit = {"device": MAX_DEVICE_STEPS, "host": len(steps)}.get(kind, 1)
+        while queue and len(group) < limit:
+            step = queue.pop(0) if limit == 1 else queue.pop()
+            group.append(step)
+            take(step)
+        group.sort(key=position.__getitem__)
+        groups.append((kind, group))
+    return groups

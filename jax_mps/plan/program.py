@@ -1,0 +1,145 @@
+"""A whole program, ready to run: cut, exported and loaded back; or read from a cache entry. The first process runs what the tenth runs."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps import runtime
+from jax_mps.plan.segments import Block, Device, Host, Manifest, Segment, type_from_json, type_to_json
+from jax_mps.plan.types import TensorType
+from jax_mps.stats import count
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the manifest; raise it when its meaning changes
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Program:
+    """A translated program. `block` runs it; `manifest` and `files` are what the cache keeps."""
+
+    name: str
+    parameters: tuple[TensorType, ...]
+    results: tuple[TensorType, ...]
+    donated: tuple[int, ...]
+    block: Block
+    effects: bool
+    manifest: Manifest = field(default_factory=dict)
+
+    @property
+    def direct(self) -> Device | None:
+        """The program's one device segment, if it is no more than that and no host dtype is among its values."""
+        return None if self.effects else self.block.function
+
+    @property
+    def identities(self) -> tuple[tuple[int, int], ...]:
+        """(output, parameter) pairs where the program returns an argument as it is."""
+        return tuple((o, s) for o, s in enumerate(self.block.outputs) if s < self.block.inputs)
+
+    def to_manifest(self) -> Manifest:
+        fields = {"name": self.name, "donated": list(self.donated), "effects": self.effects, "format": FORMAT}
+        types = {"parameters": [type_to_json(t) for t in self.parameters], "results": [type_to_json(t) for t in self.results]}
+        return {**fields, **types, "block": self.block.to_manifest()}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Any) -> Program:
+        """Read a program.
+
+        Raises:
+            KeyError, ValueError, TypeError: the manifest is not of this format.
+        """
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"manifest format {manifest['format']}, expected {FORMAT}")
+        parameters, results = (tuple(type_from_json(t) for t in manifest[n]) for n in ("parameters", "results"))
+        block = Block.from_manifest(manifest["block"], files)
+        if block.inputs != len(parameters) or len(block.outputs) != len(results):
+            raise ValueError("the signature does not fit the block")
+        return cls(str(manifest["name"]), parameters, results, tuple(manifest["donated"]), block, bool(manifest["effects"]), manifest)
+
+    def segments(self) -> Sequence[Segment]:
+        return self.block.walk()
+
+    @property
+    def host_segments(self) -> list[Host]:
+        return [s for s in self.segments() if isinstance(s, Host)]
+
+
+class Constants:
+    """Large constants on the device, one array per content while some program uses it."""
+
+    def __init__(self) -> None:
+        self._arrays: weakref.WeakValueDictionary[tuple[str, TensorType], _Held] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, digest: str, kind: TensorType, read: Callable[[], mx.array]) -> _Held:
+        with self._lock:
+            held = self._arrays.get((digest, kind))
+            if held is None:
+                held = self._arrays[(digest, kind)] = _Held(read())
+            return held
+
+
+class _Held:
+    """An array that a weak map can hold."""
+
+    __slots__ = ("__weakref__", "array")
+
+    def __init__(self, array: mx.array) -> None:
+        self.array = array
+
+
+constants = Constants()
+
+
+@functools.cache
+def process_folder() -> Path:
+    """A private folder for this process's exports; goes at exit (register whatever must come before later: atexit runs backwards)."""
+    folder = Path(tempfile.mkdtemp(prefix="jax-mps-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class ExportedFiles:
+    """Parts that this process made, in a private folder that goes when nothing needs it any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=process_folder()))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True).atexit = False  # the writer may still read
+        self.paths: dict[str, Path] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.constants: dict[str, np.ndarray[Any, Any]] = {}
+        self._held: list[_Held] = []
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return import_function(self.paths[name])
+
+    def artifact(self, name: str) -> bytes:
+        return self.artifacts[name]
+
+    def constant(self, digest: str, kind: TensorType) -> mx.array:
+        from jax_mps.ops.dtypes import mx_array
+
+        held = constants.get(digest, kind, lambda: mx_array(self.constants[digest], kind.dtype))
+        self._held.append(held)
+        return held.array
+
+
+def import_function(path: Path | str) -> Callable[..., Any]:
+    """Import an MLX function file whose checksum the caller knows to be right."""
+    with runtime.locked():
+        count("imports")
+        return mx.import_function(os.fspath(path))  # type: ignore[no-any-return]

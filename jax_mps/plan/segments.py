@@ -1,0 +1,420 @@
+"""What runs: a tree of segments behind one interface. Drafts are compiled into it, manifests are read into it.
+
+Values inside a program are `mx.array`s, or NumPy arrays for what a host segment made; each segment converts what it reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps import runtime
+from jax_mps._shim import lib
+from jax_mps.errors import Interrupted
+from jax_mps.ops.dtypes import mx_array
+from jax_mps.plan.loops import Counter
+from jax_mps.plan.types import DEVICE_DTYPES, TensorType, numpy_dtype
+
+log = logging.getLogger(__name__)
+
+Manifest = dict[str, Any]
+
+
+class Files(Protocol):
+    """Where segments find their parts: a cache entry, or what this process just exported."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Import an MLX function file."""
+
+    def artifact(self, name: str) -> bytes:
+        """A host region's StableHLO."""
+
+    def constant(self, digest: str, kind: TensorType) -> mx.array:
+        """A large constant on the device, one per process."""
+
+
+class Segment(ABC):
+    """One node of a program. `run` takes the values it reads and returns those it writes."""
+
+    @abstractmethod
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        """Compute. Takes no lock: callers hold none, so that users' callbacks and other threads go on."""
+
+    @abstractmethod
+    def to_manifest(self) -> Manifest:
+        """Plain JSON values that `from_manifest` reads."""
+
+    def walk(self) -> Sequence[Segment]:
+        """This segment and those inside."""
+        return [self]
+
+
+def type_to_json(kind: TensorType) -> list[Any]:
+    return [kind.dtype, list(kind.shape)]
+
+
+def type_from_json(value: Sequence[Any]) -> TensorType:
+    dtype, shape = value
+    numpy_dtype(dtype)
+    return TensorType(tuple(int(d) for d in shape), str(dtype))
+
+
+def to_device(value: Any, dtype: str) -> mx.array:
+    """A value as MLX has it; host segments leave NumPy arrays."""
+    return value if isinstance(value, mx.array) else mx_array(np.asarray(value), dtype)
+
+
+def to_host(values: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+    """Values as NumPy arrays over evaluated memory (views where MLX's memory can be read in place)."""
+    lazy = [v for v in values if isinstance(v, mx.array)]
+    if lazy:
+        runtime.evaluate(lazy)
+    return [host_array(v) if isinstance(v, mx.array) else v for v in values]
+
+
+def host_array(value: mx.array) -> np.ndarray[Any, Any]:
+    """An evaluated array as NumPy reads it; on CUDA from a copy, since reading moves an array to managed memory for good."""
+    if runtime.device_kind() == "cuda":
+        value = mx.array(value)
+    with runtime.locked():
+        mx.eval(value)
+        if value.dtype == mx.bfloat16:
+            return np.asarray(value.view(mx.uint16)).view(numpy_dtype("bfloat16"))
+        return np.asarray(value)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Node:
+    """A segment and its slots in the block's table of values; `dead` are the slots that nobody reads after it."""
+
+    segment: Segment
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    dead: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Block:
+    """Nodes in order over a table of values: inputs first, then what nodes write."""
+
+    inputs: int
+    slots: int
+    nodes: list[Node]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[int] = set(self.outputs)
+        for node in reversed(self.nodes):
+            node.dead = tuple(s for s in dict.fromkeys((*node.reads, *node.writes)) if s not in seen)
+            seen.update(node.reads)
+
+    def run(self, values: list[Any]) -> list[Any]:
+        """Run the nodes. `values` is emptied, so that inputs die as soon as nothing reads them."""
+        table: list[Any] = values + [None] * (self.slots - len(values))
+        values.clear()
+        for node in self.nodes:
+            arguments = [table[s] for s in node.reads]
+            results = node.segment.run(arguments)
+            for slot, value in zip(node.writes, results, strict=True):
+                table[slot] = value
+            for slot in node.dead:
+                table[slot] = None
+        return [table[s] for s in self.outputs]
+
+    @property
+    def function(self) -> Device | None:
+        """The one device segment whose results are the block's outputs, if the block is no more than that."""
+        if len(self.nodes) == 1 and isinstance(segment := self.nodes[0].segment, Device):
+            node = self.nodes[0]
+            if node.reads == tuple(range(self.inputs)) and node.writes == self.outputs:
+                return segment
+        return None
+
+    def walk(self) -> list[Segment]:
+        """Every segment, nested ones included."""
+        return [inner for node in self.nodes for inner in node.segment.walk()]
+
+    def to_manifest(self) -> Manifest:
+        nodes = [{"segment": n.segment.to_manifest(), "reads": list(n.reads), "writes": list(n.writes)} for n in self.nodes]
+        return {"inputs": self.inputs, "slots": self.slots, "nodes": nodes, "outputs": list(self.outputs)}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Block:
+        slots = int(manifest["slots"])
+        nodes = [Node(segment_from_manifest(n["segment"], files), _slots(n["reads"], slots), _slots(n["writes"], slots)) for n in manifest["nodes"]]
+        return cls(int(manifest["inputs"]), slots, nodes, _slots(manifest["outputs"], slots))
+
+
+def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
+    found = tuple(int(v) for v in values)
+    if any(not 0 <= s < limit for s in found):
+        raise ValueError("a slot outside the block's table")
+    return found
+
+
+# ---- device ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Device(Segment):
+    """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
+
+    cost: elements computed, roughly; it decides how eagerly results are evaluated. peak: bytes live at once, at most.
+    """
+
+    name: str
+    constants: tuple[tuple[str, TensorType], ...]
+    dtypes: tuple[str, ...]
+    ops: int
+    cost: int
+    peak: int
+    files: Files
+    _function: Callable[..., Any] | None = None
+    _leading: tuple[mx.array, ...] = ()
+
+    def load(self) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
+        """The function and its leading inputs, imported at the first call."""
+        if self._function is None:
+            runtime.require_memory(self.peak)
+            self._leading = tuple(self.files.constant(digest, kind) for digest, kind in self.constants)
+            self._function = self.files.function(self.name)
+        return self._function, self._leading
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        with runtime.locked():
+            function, leading = self.load()
+            return function(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])  # type: ignore[no-any-return]
+
+    def to_manifest(self) -> Manifest:
+        constants = [[digest, *type_to_json(kind)] for digest, kind in self.constants]
+        fields = {"name": self.name, "dtypes": list(self.dtypes), "ops": self.ops, "cost": self.cost, "peak": self.peak}
+        return {"kind": "device", "constants": constants, **fields}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Device:
+        constants = tuple((str(digest), type_from_json(kind)) for digest, *kind in manifest["constants"])
+        numbers = [int(manifest[n]) for n in ("ops", "cost", "peak")]
+        return cls(str(manifest["name"]), constants, tuple(manifest["dtypes"]), *numbers, files)
+
+
+# ---- host ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Host(Segment):
+    """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device."""
+
+    name: str
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    reasons: tuple[str, ...]
+    files: Files
+    _function: Callable[[list[Any]], list[Any]] | None = None
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        from jax_mps.host.xla import HostFunction
+
+        if self._function is None:
+            self._function = HostFunction(self.files.artifact(self.name), self.inputs, self.outputs)
+        arrays = to_host(values)
+        return self._function(arrays)
+
+    def to_manifest(self) -> Manifest:
+        inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
+        return {"kind": "host", "name": self.name, "inputs": inputs, "outputs": outputs, "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Host:
+        inputs, outputs = (tuple(type_from_json(t) for t in manifest[n]) for n in ("inputs", "outputs"))
+        return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), files)
+
+
+@dataclass(slots=True)
+class Callback(Segment):
+    """A custom call that runs a user's Python (calls/callbacks.py) on NumPy arrays."""
+
+    target: str
+    config: Any
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        from jax_mps.calls import callbacks
+
+        return callbacks.call(self.target, self.config, to_host(values), self.inputs, self.outputs)
+
+    def to_manifest(self) -> Manifest:
+        inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
+        return {"kind": "callback", "target": self.target, "config": self.config, "inputs": inputs, "outputs": outputs}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Callback:
+        inputs, outputs = (tuple(type_from_json(t) for t in manifest[n]) for n in ("inputs", "outputs"))
+        return cls(str(manifest["target"]), manifest["config"], inputs, outputs)
+
+
+# ---- control flow ----------------------------------------------------------------------------------------------------------------
+
+
+def read_scalar(value: Any) -> int:
+    """A 0-d integer or bool, waiting for it."""
+    if isinstance(value, mx.array):
+        with runtime.locked():
+            return int(value.item())
+    return int(np.asarray(value).item())
+
+
+# Iterations of a loop between evaluations of its carry: enough to hide the wait, few enough to bound the graph.
+_EVALUATE_OPS = 192
+
+
+@dataclass(slots=True)
+class Loop(Segment):
+    """A `while`: the carry first, then what condition and body capture.
+
+    With a counter, the trip count is computed from the carry and the predicate is never read; `chunk` runs `chunk_length` iterations at
+    once. Without, `fused` gives the next carry and predicate together where the body is one device segment.
+    """
+
+    carry: int
+    cond: Block
+    body: Block
+    fused: Block | None = None
+    chunk: Block | None = None
+    chunk_length: int = 0
+    counter: Counter | None = None
+    bound_capture: int | None = None  # position among the captures
+    kind: str = "int32"  # the counter's type
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        carry, captures = values[: self.carry], values[self.carry :]
+        values.clear()
+        lib.shim_watch_interrupts(1)
+        try:
+            trips = self.trips(carry, captures)
+            if trips is not None:
+                return self.counted(carry, captures, trips)
+            return self.tested(carry, captures)
+        finally:
+            lib.shim_watch_interrupts(0)
+
+    def trips(self, carry: list[Any], captures: list[Any]) -> int | None:
+        """The trip count, or None if only the predicate can tell."""
+        counter = self.counter
+        if counter is None:
+            return None
+        start = read_scalar(carry[counter.position])
+        if counter.bound is not None:
+            bound = counter.bound
+        else:
+            bound = read_scalar(carry[counter.bound_carry] if counter.bound_carry is not None else captures[self.bound_capture or 0])
+        info = np.iinfo(np.dtype(self.kind))
+        trips = counter.trips(start, bound)
+        return trips if info.min <= start + trips * counter.step <= info.max else None
+
+    def counted(self, carry: list[Any], captures: list[Any], trips: int) -> list[Any]:
+        seen = lib.shim_interrupts()
+        if self.chunk is not None:
+            while trips >= self.chunk_length:
+                carry = self.chunk.run(carry + captures)
+                trips -= self.chunk_length
+                settle(carry, seen)
+        every = max(1, _EVALUATE_OPS // max(1, ops_of(self.body)))
+        for trip in range(trips):
+            carry = self.body.run(carry + captures)
+            if trip % every == every - 1:
+                settle(carry, seen)
+        return carry
+
+    def tested(self, carry: list[Any], captures: list[Any]) -> list[Any]:
+        seen = lib.shim_interrupts()
+        going = read_scalar(self.cond.run(carry + captures)[0])
+        while going:
+            if self.fused is not None:
+                *carry, predicate = self.fused.run(carry + captures)
+            else:
+                carry = self.body.run(carry + captures)
+                predicate = self.cond.run(carry + captures)[0]
+            settle([*carry, predicate], seen)
+            going = read_scalar(predicate)
+        return carry
+
+    def walk(self) -> Sequence[Segment]:
+        blocks = [b for b in (self.cond, self.body, self.fused, self.chunk) if b is not None]
+        return [self, *(s for b in blocks for s in b.walk())]
+
+    def to_manifest(self) -> Manifest:
+        counter = self.counter and [self.counter.position, self.counter.step, self.counter.direction, self.counter.bound, self.counter.bound_carry]
+        blocks = {n: b and b.to_manifest() for n, b in (("cond", self.cond), ("body", self.body), ("fused", self.fused), ("chunk", self.chunk))}
+        fields = {"carry": self.carry, "chunk_length": self.chunk_length, "bound_capture": self.bound_capture, "type": self.kind}
+        return {"kind": "loop", **blocks, **fields, "counter": counter}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Loop:
+        blocks = {n: manifest[n] and Block.from_manifest(manifest[n], files) for n in ("cond", "body", "fused", "chunk")}
+        counter = manifest["counter"] and Counter(*manifest["counter"])
+        rest = {"bound_capture": manifest["bound_capture"], "kind": str(manifest["type"])}
+        return cls(int(manifest["carry"]), **blocks, chunk_length=int(manifest["chunk_length"]), counter=counter, **rest)
+
+
+def settle(values: Sequence[Any], interrupts: int) -> None:
+    """Start evaluating a whole carry (never just its predicate: the rest would grow for the whole loop), and notice Ctrl-C."""
+    if lib.shim_interrupts() != interrupts or lib.shim_stopping():
+        raise Interrupted("a loop was interrupted")
+    arrays = [v for v in values if isinstance(v, mx.array)]
+    if arrays:
+        with runtime.locked():
+            mx.async_eval(*arrays)
+
+
+def ops_of(block: Block) -> int:
+    """Device ops in a block, nested segments included."""
+    return sum(s.ops for s in block.walk() if isinstance(s, Device))
+
+
+@dataclass(slots=True)
+class Branch(Segment):
+    """A `case` or `if`: reads the index (or predicate: true is arm 0) and runs one arm. Out of range means the last arm."""
+
+    arms: tuple[Block, ...]
+    predicate: bool
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        index = read_scalar(values[0])
+        captures = values[1:]
+        values.clear()
+        if self.predicate:
+            index = 0 if index else 1
+        arm = self.arms[index if 0 <= index < len(self.arms) else -1]
+        return arm.run(captures)
+
+    def walk(self) -> Sequence[Segment]:
+        return [self, *(s for arm in self.arms for s in arm.walk())]
+
+    def to_manifest(self) -> Manifest:
+        return {"kind": "branch", "arms": [a.to_manifest() for a in self.arms], "predicate": self.predicate}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Branch:
+        return cls(tuple(Block.from_manifest(a, files) for a in manifest["arms"]), bool(manifest["predicate"]))
+
+
+_KINDS: Mapping[str, Any] = {"device": Device, "host": Host, "callback": Callback, "loop": Loop, "branch": Branch}
+
+
+def segment_from_manifest(manifest: Manifest, files: Files) -> Segment:
+    """Read any segment.
+
+    Raises:
+        KeyError, ValueError, TypeError: the manifest is not one of ours (the caller takes it as a miss).
+    """
+    return _KINDS[manifest["kind"]].from_manifest(manifest, files)  # type: ignore[no-any-return]

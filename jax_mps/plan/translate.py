@@ -1,0 +1,190 @@
+"""Module to program: build the plan, cut it, lower and export each device segment, print each host region."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from jax_mps.config import settings
+from jax_mps.errors import InvalidProgram, Unsupported
+from jax_mps.ops import load_all
+from jax_mps.ops.registry import LoweredStep, has_lowering
+from jax_mps.host.xla import host_function
+from jax_mps.plan import build, export, segments
+from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
+from jax_mps.plan.program import ExportedFiles, Program
+from jax_mps.plan.types import Plan, Step, Value
+from jax_mps.stats import count
+
+log = logging.getLogger(__name__)
+
+
+def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
+    """Translate a module.
+
+    Raises:
+        InvalidProgram: the module cannot be read as a plan.
+        Unsupported: a step that nothing here can run.
+    """
+    count("translations")
+    load_all()
+    plan = build.build(module, claims)
+    if plan.num_replicas * plan.num_partitions > 1:
+        raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; this backend has one device")
+    draft = partition(plan, target())
+    files = ExportedFiles()
+    block = _Assembler(files).block(draft)
+    parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
+    program = Program(plan.name, parameters, results, plan.donated, block, effects=_effects(plan))
+    program.manifest = program.to_manifest()
+    return program, files
+
+
+def target() -> Target:
+    """What runs where on this process's device."""
+    from jax_mps.calls import host_kind
+
+    return Target(refusal, host_kind, forbid_host=settings().host == "error")
+
+
+def claims(step: Step) -> bool:
+    """Whether a composite is kept whole: a lowering takes it, attributes included."""
+    return has_lowering(step.key) and is_device_step(step) and refusal(step) is None
+
+
+def refusal(step: Step) -> str | None:
+    """Why the device cannot run a step; None if it can. (Its lowering decodes and checks; nothing is traced.)"""
+    try:
+        LoweredStep(step)
+    except Unsupported as error:
+        return error.fact if error.op is step else f"{error.op.key} in its body: {error.fact}"
+    return None
+
+
+def _effects(plan: Plan) -> bool:
+    from jax_mps.plan.partition import has_effects
+
+    return any(has_effects(s) for s in plan.steps)
+
+
+class _Assembler:
+    """Turns drafts into segments; the parts go to `files`."""
+
+    def __init__(self, files: ExportedFiles) -> None:
+        self.files = files
+        self.names = 0
+
+    def name(self, suffix: str) -> str:
+        self.names += 1
+        return f"{self.names - 1}.{suffix}"
+
+    def block(self, draft: DraftBlock) -> segments.Block:
+        slots: dict[Value, int] = {v: i for i, v in enumerate(draft.inputs)}
+        nodes = []
+        for node in draft.nodes:
+            segment = self.segment(node)
+            for value in node.writes:
+                slots.setdefault(value, len(slots))
+            nodes.append(segments.Node(segment, tuple(slots[v] for v in node.reads), tuple(slots[v] for v in node.writes)))
+        block = segments.Block(len(draft.inputs), len(slots), nodes, tuple(slots[v] for v in draft.outputs))
+        return block
+
+    def segment(self, draft: Draft) -> segments.Segment:
+        match draft.kind:
+            case "device":
+                return self.device(draft)
+            case "host":
+                return self.host(draft)
+            case "callback":
+                return self.callback(draft)
+            case "loop":
+                return self.loop(draft)
+            case _:
+                return self.branch(draft)
+
+    def device(self, draft: Draft) -> segments.Device:
+        traceable = export.traceable(draft.steps, draft.reads, draft.writes)
+        name = self.name("mlxfn")
+        self.files.paths[name] = export.export(traceable, self.files.folder)
+        count("exports")
+        for constant in traceable.constants:
+            self.files.constants[constant.digest] = constant.value
+        constants = tuple((c.digest, segments.TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
+        ops = sum(1 for s in draft.steps if s.name != "stablehlo.constant")
+        dtypes = tuple(v.dtype for v in draft.reads)
+        return segments.Device(name, constants, dtypes, ops, _cost(draft.steps), _peak(draft), self.files)
+
+    def host(self, draft: Draft) -> segments.Host:
+        count("host_segments")
+        for reason in draft.reasons:
+            _log_once(reason)
+        name = self.name("mlir")
+        self.files.artifacts[name] = host_function(draft.reads, draft.steps, draft.writes).artifact
+        inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
+        return segments.Host(name, inputs, outputs, tuple(dict.fromkeys(draft.reasons)), self.files)
+
+    def callback(self, draft: Draft) -> segments.Callback:
+        (step,) = draft.steps
+        inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
+        return segments.Callback(step.call_target_name, _config(step), inputs, outputs)
+
+    def loop(self, draft: Draft) -> segments.Loop:
+        counter = draft.counter
+        captures = draft.reads[draft.carry :]
+        position = captures.index(counter.bound_capture) if counter and counter.bound_capture is not None else None
+        assert draft.cond is not None and draft.body is not None
+        return segments.Loop(
+            carry=draft.carry,
+            cond=self.block(draft.cond),
+            body=self.block(draft.body),
+            fused=self.block(draft.fused) if draft.fused else None,
+            chunk=self.block(draft.chunk) if draft.chunk else None,
+            chunk_length=draft.chunk_length,
+            counter=counter,
+            bound_capture=position,
+            kind=draft.writes[counter.position].dtype if counter else "int32",
+        )
+
+    def branch(self, draft: Draft) -> segments.Branch:
+        return segments.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")
+
+
+def _config(step: Step) -> Any:
+    return step.backend_config
+
+
+def _cost(steps: Sequence[Step]) -> int:
+    """Elements that the steps write, products weighted by what they contract: decides how soon results are evaluated."""
+    total = 0
+    for step in steps:
+        size = sum(v.type.size for v in step.results)
+        if step.name in ("stablehlo.dot_general", "stablehlo.convolution"):
+            size *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
+        total += size
+    return total
+
+
+def _peak(draft: Draft) -> int:
+    """Bytes alive at once, at most, if each value dies at its last use; constants that are splats count nothing."""
+    last: dict[Value, int] = {}
+    for index, step in enumerate(draft.steps):
+        for value in step.reads():
+            last[value] = index
+    kept = set(draft.writes)
+    alive = peak = 0
+    for index, step in enumerate(draft.steps):
+        if step.name in ("stablehlo.constant", "stablehlo.broadcast_in_dim", "stablehlo.iota", "stablehlo.reshape", "stablehlo.transpose"):
+            continue
+        alive += sum(v.type.nbytes for v in step.results)
+        peak = max(peak, alive)
+        alive -= sum(v.type.nbytes for v in step.reads() if last.get(v) == index and v not in kept and v not in draft.reads)
+    return peak
+
+
+@functools.lru_cache(maxsize=4096)
+def _log_once(reason: str) -> None:
+    log.info("runs on the host (XLA CPU): %s", reason)

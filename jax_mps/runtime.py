@@ -1,0 +1,148 @@
+"""MLX as this process uses it: the device, its one thread-unsafe stream, and the lock around everything that evaluates or reads.
+
+Imported before any other MLX work of ours: an imported function binds to the first stream ever made on its device (MLX.md, D).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32; MLX reads this once, at its first product (not on CUDA: see below)
+
+import mlx.core as mx
+
+from jax_mps._shim import lib
+from jax_mps.config import settings
+from jax_mps.errors import OutOfMemory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """MLX's device and the streams that all our work runs on.
+
+    first: whether ours are the first streams of the process; if the user's own MLX work came before, imported functions would bind to
+    the user's stream, so programs are translated anew in this process.
+    """
+
+    mlx: mx.Device
+    kind: str  # "cpu", "cuda" or "metal"
+    architecture: str
+    stream: Any
+    first: bool
+
+
+@functools.cache
+def device() -> Device:
+    """The process's device, made at first use."""
+    chosen = settings().device
+    mlx = mx.default_device() if chosen == "auto" else mx.Device(mx.cpu if chosen == "cpu" else mx.gpu)
+    kind = "cpu" if mlx.type == mx.cpu else ("metal" if mx.metal.is_available() else "cuda")
+    stream = mx.new_thread_unsafe_stream(mlx)
+    if kind != "cpu":
+        mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
+    return Device(mlx, kind, _architecture(mlx, kind), stream, first=_index(stream) == 0)
+
+
+def _index(stream: Any) -> int:
+    return int(repr(stream).rsplit(", ", 1)[1].rstrip(")"))  # MLX 0.32 shows the index nowhere else: Stream(Device(cpu, 0), 3)
+
+
+def _architecture(mlx: mx.Device, kind: str) -> str:
+    if kind == "cpu":
+        import platform
+
+        return platform.machine()
+    return str(mx.device_info(mlx).get("architecture", "unknown"))
+
+
+def device_kind() -> str:
+    """ "cpu", "cuda" or "metal"."""
+    return device().kind
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold the process-wide lock, with our stream as MLX's default."""
+    lib.shim_lock()
+    try:
+        with mx.stream(device().stream):
+            yield
+    finally:
+        lib.shim_unlock()
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Let go of the lock around a user's code, whatever its depth: it may dispatch, compile and wait (PJRT.md, 3)."""
+    depth = lib.shim_release_all()
+    try:
+        yield
+    finally:
+        lib.shim_reacquire(depth)
+
+
+def evaluate(values: Sequence[mx.array]) -> None:
+    """Block until the arrays are evaluated; the lock is held while evaluation is scheduled, not while it runs.
+
+    Raises:
+        RuntimeError: what MLX says of a primitive that failed. The arrays must not be read after that.
+    """
+    with locked():
+        sentinel = mx.depends([mx.zeros((1,), mx.uint8) + 0], list(values))[0]
+        mx.async_eval(*values, sentinel)
+    mx.eval(sentinel)
+
+
+def schedule(values: Sequence[mx.array]) -> None:
+    """Start evaluating the arrays."""
+    mx.async_eval(*values)
+
+
+def require_memory(nbytes: int) -> None:
+    """Refuse what cannot fit: MLX's CPU allocator does not check, and the process would die.
+
+    Raises:
+        OutOfMemory: fewer bytes are available than the program holds at once.
+    """
+    if nbytes < (256 << 20):
+        return
+    available = available_memory()
+    if available is not None and nbytes > available:
+        raise OutOfMemory(f"the program needs {nbytes / 2**30:.1f} GiB at once, {available / 2**30:.1f} GiB are available on {device_kind()}")
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated now; None where nothing tells."""
+    if device_kind() == "cpu":
+        try:
+            with open("/proc/meminfo") as file:
+                for line in file:
+                    if line.startswith("MemAvailable:"):
+                        return int(line.split()[1]) * 1024
+        except OSError:
+            return None
+        return None
+    info = mx.device_info(device().mlx)
+    size = info.get("memory_size") or info.get("max_recommended_working_set_size")
+    return int(size) - mx.get_active_memory() if size else None
+
+
+def memory_limit() -> int:
+    """Bytes that the device has for us; 0 if nothing tells."""
+    if device_kind() == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    info = mx.device_info(device().mlx)
+    return int(info.get("memory_size") or info.get("max_recommended_working_set_size") or 0)
+
+
+def tf32() -> str:
+    """Whether MLX may use TF32 for float32 products, as a key's part."""
+    return os.environ.get("MLX_ENABLE_TF32", "1")

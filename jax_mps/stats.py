@@ -1,0 +1,30 @@
+"""Counters that say which path ran, for tests and users (`jax_mps.stats()`)."""
+
+from __future__ import annotations
+
+import threading
+
+_NAMES = (
+    "translations", "exports", "imports", "memory_hits", "disk_hits", "disk_misses", "alias_hits", "host_segments", "host_calls",
+    "compiles", "cache_errors",
+)  # fmt: skip
+_counts = dict.fromkeys(_NAMES, 0)
+_lock = threading.Lock()
+
+
+def count(name: str, by: int = 1) -> None:
+    """Add to a counter."""
+    with _lock:
+        _counts[name] += by
+
+
+def stats() -> dict[str, int]:
+    """A copy of the process's counters.
+
+    translations: programs translated from StableHLO. exports: device segments exported. imports: function files imported.
+    memory_hits, disk_hits, disk_misses: where compiled programs came from; alias_hits: disk hits by the raw bytes, without reading MLIR.
+    host_segments: host segments in programs that were compiled or loaded. host_calls: their runs. compiles: `mx.compile`d functions.
+    cache_errors: entries that were unusable.
+    """
+    with _lock:
+        return dict(_counts)
