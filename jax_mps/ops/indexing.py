@@ -1,0 +1,113 @@
+"""What gather and scatter share: where their windows lie in the operand, as linear indices into merged dimensions.
+
+The operand is seen as (before, rows, row): dimensions `first` to `last` are merged into `rows`, and every element of a window that lies
+in those dimensions gets an index of its own; a run of whole trailing dimensions is copied as one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from jax_mps.ops.slices import clamp_starts
+from jax_mps.plan.types import TensorType
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of one op.
+
+    shape: of the operand. sizes: of a window, one per operand dimension. batch: of the indices without `index_vector_dim`.
+    columns: operand dimension -> component of the index vector. batching: operand dimension -> axis of `batch`.
+    """
+
+    shape: Shape
+    sizes: Shape
+    batch: Shape
+    columns: Mapping[int, int]
+    batching: Mapping[int, int]
+    index_vector_dim: int
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return math.prod(self.batch)
+
+    @property
+    def moving(self) -> dict[int, int]:
+        """Dimensions along which windows differ by the index vector -> component; a window as long as its dimension starts at 0."""
+        return {d: self.columns[d] for d in sorted(self.columns) if self.sizes[d] < self.shape[d]}
+
+    @property
+    def indexed(self) -> tuple[int, ...]:
+        """Dimensions whose position depends on the window."""
+        return tuple(sorted({*self.moving, *self.batching}))
+
+    def vectors(self, indices: mx.array) -> mx.array:
+        """The index array with its vectors along the last axis."""
+        if self.index_vector_dim == indices.ndim:
+            return indices[..., None]
+        return indices if self.index_vector_dim == indices.ndim - 1 else mx.moveaxis(indices, self.index_vector_dim, -1)
+
+    def starts(self, indices: mx.array) -> mx.array:
+        """Clamped start of each window along the moving dimensions, int32: batch + (number of them,)."""
+        vectors, chosen = self.vectors(indices), list(self.moving.values())
+        if chosen != list(range(vectors.shape[-1])):
+            vectors = mx.take(vectors, mx.array(chosen), axis=-1) if len(chosen) > 1 else vectors[..., chosen[0] : chosen[0] + 1]
+        return clamp_starts(vectors, [self.shape[d] - self.sizes[d] for d in self.moving])
+
+    def runs(self, first: int, last: int) -> list[tuple[int, int]]:
+        """(elements, stride) of the windows' own extent in dimensions `first` to `last`, whole inner dimensions merged."""
+        found: list[tuple[int, int]] = []
+        for d in range(first, last):
+            stride = math.prod(self.shape[d + 1 : last])
+            if self.sizes[d] == 1:
+                continue
+            if found and self.sizes[d] == self.shape[d] and found[-1][1] == stride * self.shape[d]:
+                found[-1] = (found[-1][0] * self.sizes[d], stride)
+            else:
+                found.append((self.sizes[d], stride))
+        return found
+
+    def linear(self, starts: mx.array | None, first: int, last: int) -> mx.array:
+        """Index into the merged dimensions of each window's elements: batch + window extents, flattened to one axis for each of the two.
+
+        starts: as `starts` gives them, None if nothing moves.
+        """
+        dtype = mx.int32 if math.prod(self.shape[first:last]) < 2**31 - 1 else mx.int64
+        strides = {d: math.prod(self.shape[d + 1 : last]) for d in range(first, last)}
+        total = mx.zeros(self.batch, dtype) if starts is None else _dot(starts.astype(dtype), [strides[d] for d in self.moving])
+        for d, axis in self.batching.items():
+            if self.batch[axis] > 1:
+                total = total + _along(mx.arange(self.batch[axis], dtype=dtype) * strides[d], axis, len(self.batch))
+        runs = self.runs(first, last)
+        total = mx.reshape(total, (self.count,) + (1,) * len(runs))
+        for axis, (size, stride) in enumerate(runs):
+            total = total + _along(mx.arange(size, dtype=dtype) * stride, 1 + axis, 1 + len(runs))
+        return mx.reshape(total, (self.count, math.prod(size for size, _ in runs)))
+
+
+def _dot(starts: mx.array, strides: Sequence[int]) -> mx.array:
+    if len(strides) == 1:
+        line = mx.reshape(starts, starts.shape[:-1])
+        return line if strides[0] == 1 else line * mx.array(strides[0], starts.dtype)
+    return mx.sum(starts * mx.array(strides, starts.dtype), axis=-1).astype(starts.dtype)
+
+
+def _along(line: mx.array, axis: int, rank: int) -> mx.array:
+    return mx.reshape(line, [-1 if d == axis else 1 for d in range(rank)])
+
+
+def batch_shape(indices: TensorType, index_vector_dim: int) -> Shape:
+    """The shape of an index array without its `index_vector_dim`."""
+    return tuple(s for d, s in enumerate(indices.shape) if d != index_vector_dim)
+
+
+def batching_axes(operand_dims: Sequence[int], indices_dims: Sequence[int], index_vector_dim: int) -> dict[int, int]:
+    """Operand batching dimension -> axis of the batch shape."""
+    return {d: i - (i > index_vector_dim) for d, i in zip(operand_dims, indices_dims, strict=True)}
