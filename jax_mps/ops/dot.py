@@ -1,0 +1,83 @@
+"""`dot_general` and `dot`: any batching and contracting dimensions, as one batched matrix product on views where MLX has them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from jax_mps.errors import Unsupported
+from jax_mps.ops.products import product
+from jax_mps.ops.registry import Run, lowers
+from jax_mps.plan.types import DEVICE_DTYPES, Step
+
+
+@lowers("stablehlo.dot_general")
+def dot_general(op: Step) -> Run:
+    _check(op)
+    lhs, rhs = (v.type for v in op.operands)
+    lb, rb = op.lhs_batching_dimensions, op.rhs_batching_dimensions
+    lc, rc = _by_position(op.lhs_contracting_dimensions, op.rhs_contracting_dimensions, rhs_leads=rhs.size > lhs.size)
+    left = [d for d in range(lhs.rank) if d not in lb and d not in lc]
+    right = [d for d in range(rhs.rank) if d not in rb and d not in rc]
+    batch, k = [lhs.shape[d] for d in lb], math.prod(lhs.shape[d] for d in lc)
+    m, n = math.prod(lhs.shape[d] for d in left), math.prod(rhs.shape[d] for d in right)
+    dtype, shape, precise = op.result.dtype, op.result.shape, is_precise(op)
+
+    def run(a: mx.array, b: mx.array) -> mx.array:
+        a = mx.transpose(a, (*lb, *left, *lc)).reshape(*batch, m, k)
+        b = mx.transpose(b, (*rb, *rc, *right)).reshape(*batch, k, n)
+        return product(a, b, dtype, precise=precise).reshape(shape)
+
+    return run
+
+
+@lowers("stablehlo.dot")
+def dot(op: Step) -> Run:
+    _check(op)
+    lhs, rhs = (v.type for v in op.operands)
+    dtype, shape, precise = op.result.dtype, op.result.shape, is_precise(op)
+
+    def run(a: mx.array, b: mx.array) -> mx.array:
+        a = a if lhs.rank == 2 else a[None, :]
+        b = b if rhs.rank == 2 else b[:, None]
+        return product(a, b, dtype, precise=precise).reshape(shape)
+
+    return run
+
+
+def _by_position(lc: Sequence[int], rc: Sequence[int], *, rhs_leads: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Contracting pairs in the order of the larger operand's dimensions, where they merge without a copy."""
+    pairs = sorted(zip(lc, rc, strict=True), key=lambda pair: pair[rhs_leads])
+    return tuple(l for l, _ in pairs), tuple(r for _, r in pairs)
+
+
+def is_precise(op: Step) -> bool:
+    """Whether float32 operands must count in full, by the precision or the algorithm that the step asks for."""
+    algorithm = _algorithm(op)
+    if algorithm is not None:
+        return _FULL[algorithm["lhs_precision_type"]] or int(algorithm["num_primitive_operations"]) > 1
+    return any(p in ("HIGH", "HIGHEST") for p in op.precision_config)
+
+
+# The precision types of an algorithm that our products satisfy, and whether TF32 does not.
+_FULL = {"f16": False, "bf16": False, "tf32": False, "f32": True}
+_FIELD = re.compile(r"(\w+) = (\w+)")
+
+
+def _algorithm(op: Step) -> dict[str, str] | None:
+    text = op.attributes.get("algorithm")
+    return None if text is None else dict(_FIELD.findall(text))
+
+
+def _check(op: Step) -> None:
+    for value in (*op.operands, *op.results):
+        if value.dtype not in DEVICE_DTYPES:
+            raise Unsupported(op, f"a product with {value.dtype}")
+    algorithm = _algorithm(op)
+    if algorithm is not None:
+        for name in ("lhs_precision_type", "rhs_precision_type", "accumulation_type"):
+            if algorithm[name] not in _FULL:
+                raise Unsupported(op, f"the algorithm's {name} is {algorithm[name]}")

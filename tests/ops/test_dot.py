@@ -1,0 +1,126 @@
+"""`dot_general` and `dot`, every dtype and layout."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+
+from .harness import Case, check
+
+R = np.random.default_rng(0)
+FLOATS = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16), np.dtype("complex64")]
+INTS = [np.dtype(f"{u}int{b}") for u in ("", "u") for b in (8, 16, 32)]
+
+
+def normal(*shape: int, dtype="float32"):
+    x = R.standard_normal(shape)
+    return (x + 1j * R.standard_normal(shape)).astype(dtype) if np.dtype(dtype).kind == "c" else x.astype(dtype)
+
+
+def whole(*shape: int, dtype):
+    """Integers over the whole range of a dtype, so that products wrap around."""
+    limits = np.iinfo(dtype)
+    return R.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+
+
+def dims(contracting, batching=((), ()), **kw):
+    return lambda a, b: lax.dot_general(a, b, (contracting, batching), **kw)
+
+
+MATMUL = dims(((1,), (0,)))
+TOLERANCE = dict(rtol=1e-5, atol=1e-4)  # sums of signed terms: the order of adding shows
+HALF = {"float16": dict(rtol=2e-3, atol=2e-3), "bfloat16": dict(rtol=1.6e-2, atol=1.6e-2)}
+
+LAYOUTS = [
+    ("matmul", MATMUL, (5, 7), (7, 3)),
+    ("matmul_tn", dims(((0,), (0,))), (7, 5), (7, 3)),
+    ("matmul_nt", dims(((1,), (1,))), (5, 7), (3, 7)),
+    ("matrix_vector", dims(((1,), (0,))), (5, 7), (7,)),
+    ("vector_matrix", dims(((0,), (0,))), (7,), (7, 3)),
+    ("vectors", dims(((0,), (0,))), (7,), (7,)),
+    ("outer", dims(((), ())), (5,), (3,)),
+    ("outer_2d", dims(((), ())), (5, 2), (3,)),
+    ("scalars", dims(((), ())), (), ()),
+    ("scalar_by_vector", dims(((), ())), (), (4,)),
+    ("batch", dims(((2,), (1,)), ((0,), (0,))), (4, 5, 7), (4, 7, 3)),
+    ("batch_last", dims(((0,), (1,)), ((2,), (2,))), (7, 5, 4), (3, 7, 4)),
+    ("attention", dims(((3,), (3,)), ((0, 2), (0, 2))), (2, 5, 3, 8), (2, 6, 3, 8)),
+    ("batch_swapped", dims(((2,), (2,)), ((0, 1), (1, 0))), (2, 3, 7), (3, 2, 7)),
+    ("batch_vectors", dims(((1,), (1,)), ((0,), (0,))), (9, 7), (9, 7)),
+    ("batch_only", dims(((), ()), ((0,), (0,))), (4, 5), (4, 3)),
+    ("elementwise", dims(((), ()), ((0, 1), (0, 1))), (4, 5), (4, 5)),
+    ("two_contracting", dims(((0, 1), (0, 1))), (3, 4, 5), (3, 4, 6)),
+    ("two_contracting_swapped", dims(((0, 2), (1, 0))), (3, 5, 4), (4, 3, 6)),
+    ("all_contracting", dims(((0, 1), (1, 0))), (3, 4), (4, 3)),
+    ("high_rank", dims(((1, 4), (3, 0)), ((2,), (2,))), (2, 3, 2, 2, 4, 2), (4, 5, 2, 3)),
+    ("empty_rows", MATMUL, (0, 7), (7, 3)),
+    ("empty_sum", MATMUL, (5, 0), (0, 3)),
+    ("empty_batch", dims(((2,), (1,)), ((0,), (0,))), (0, 5, 7), (0, 7, 3)),
+    ("empty_vectors", dims(((0,), (0,))), (0,), (0,)),
+    ("one_by_one", MATMUL, (1, 1), (1, 1)),
+    ("dense_3d", dims(((2,), (0,))), (2, 5, 7), (7, 3)),
+]
+
+CASES = [Case(f"{name}_f32", f, (normal(*a), normal(*b)), **TOLERANCE) for name, f, a, b in LAYOUTS]
+CASES += [
+    Case(f"{name}_{dtype.name}", f, (normal(*a, dtype=dtype), normal(*b, dtype=dtype)), **HALF.get(dtype.name, TOLERANCE))
+    for name, f, a, b in LAYOUTS if name in ("matmul", "batch", "outer", "empty_sum", "batch_vectors", "attention")
+    for dtype in FLOATS[1:]
+]  # fmt: skip
+CASES += [
+    Case(f"{name}_{dtype.name}", f, (whole(*a, dtype=dtype), whole(*b, dtype=dtype)))
+    for name, f, a, b in LAYOUTS if name in ("matmul", "batch_last", "outer", "empty_sum", "vectors", "scalars")
+    for dtype in INTS
+]  # fmt: skip
+CASES += [
+    Case(f"long_{dtype.name}", MATMUL, (whole(40, 1500, dtype=dtype), whole(1500, 3, dtype=dtype))) for dtype in INTS
+]
+CASES += [
+    Case(f"{name}_bool", f, (R.random(a) > 0.7, R.random(b) > 0.7)) for name, f, a, b in LAYOUTS if name in ("matmul", "outer", "empty_sum", "batch")
+]
+CASES += [
+    Case("i8_to_i32", dims(((1,), (0,)), preferred_element_type=np.int32), (whole(5, 7, dtype=np.int8), whole(7, 3, dtype=np.int8))),
+    Case("i8_to_i32_long", dims(((1,), (0,)), preferred_element_type=np.int32), (np.full((33, 3000), -128, np.int8), np.full((3000, 33), -128, np.int8))),
+    Case("u8_to_i32", dims(((1,), (0,)), preferred_element_type=np.int32), (whole(5, 7, dtype=np.uint8), whole(7, 3, dtype=np.uint8))),
+    Case("bf16_to_f32", dims(((1,), (0,)), preferred_element_type=np.float32), tuple(normal(7, 7, dtype=ml_dtypes.bfloat16) for _ in range(2)), **TOLERANCE),
+    Case("f16_to_f32", dims(((1,), (0,)), preferred_element_type=np.float32), tuple(normal(7, 7, dtype=np.float16) for _ in range(2)), **TOLERANCE),
+    Case("int_min", MATMUL, (np.full((64, 64), -(2**31), np.int32), np.full((64, 64), -1, np.int32))),
+    Case("highest", dims(((1,), (0,)), precision="highest"), (normal(9, 9), normal(9, 9)), **TOLERANCE),
+    Case("high", dims(((1,), (0,)), precision="high"), (normal(9, 9), normal(9, 9)), **TOLERANCE),
+    Case("nan_and_inf", MATMUL, (np.array([[1, np.inf], [np.nan, 1], [0, 1]], np.float32), np.array([[1, 0], [2, 3]], np.float32))),
+    Case("dot", "func.func @main(%a: tensor<4x6xf32>, %b: tensor<6x3xf32>) -> tensor<4x3xf32> "
+         "{ %0 = stablehlo.dot %a, %b : (tensor<4x6xf32>, tensor<6x3xf32>) -> tensor<4x3xf32>\n return %0 : tensor<4x3xf32> }",
+         (normal(4, 6), normal(6, 3)), **TOLERANCE),
+    Case("dot_vectors", "func.func @main(%a: tensor<6xi32>, %b: tensor<6xi32>) -> tensor<i32> "
+         "{ %0 = stablehlo.dot %a, %b : (tensor<6xi32>, tensor<6xi32>) -> tensor<i32>\n return %0 : tensor<i32> }",
+         (whole(6, dtype=np.int32), whole(6, dtype=np.int32))),
+    Case("grad", jax.grad(lambda a, b: jnp.tanh(a @ b).sum(), (0, 1)), (normal(5, 7), normal(7, 3)), **TOLERANCE),
+    Case("grad_einsum", jax.grad(lambda q, k: jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)).std(), (0, 1)), (normal(2, 5, 3, 8), normal(2, 6, 3, 8)), rtol=1e-4, atol=1e-6),
+    Case("bf16_dense_grad", jax.grad(lambda a, b: (a @ b).astype(np.float32).sum(), (0, 1)), (normal(5, 7, dtype=ml_dtypes.bfloat16), normal(7, 3, dtype=ml_dtypes.bfloat16)), **HALF["bfloat16"]),
+]  # fmt: skip
+CASES += [
+    Case(f"algorithm_{name}", dims(((1,), (0,)), precision=lax.DotAlgorithmPreset[name]), (normal(9, 9), normal(9, 9)), **TOLERANCE)
+    for name in ("F32_F32_F32", "TF32_TF32_F32", "BF16_BF16_F32_X6")
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dot(case):
+    """Equal to XLA's: integers exactly, wrapped around."""
+    check(case)
+
+
+X64 = [
+    Case(f"{name}_{dtype}", f, (whole(*a, dtype=dtype), whole(*b, dtype=dtype)))
+    for name, f, a, b in [*LAYOUTS[:1], ("long", MATMUL, (20, 2100), (2100, 3)), ("vectors", dims(((0,), (0,))), (9,), (9,))]
+    for dtype in ("int64", "uint64")
+]
+
+
+@pytest.mark.parametrize("case", X64, ids=str)
+def test_dot_x64(case):
+    """64-bit integers wrap around too."""
+    with jax.enable_x64(True):
+        check(case)
