@@ -183,7 +183,7 @@ class Store:
 
     def usage(self) -> dict[str, eviction.Usage]:
         """Files and 4 KiB blocks in use, by kind, measured."""
-        return eviction.usage(self._at)
+        return dict.fromkeys(eviction.KINDS, eviction.Usage()) if self._closed() else eviction.usage(self._at)
 
     def remove(self, digest: str) -> bool:
         """Remove one entry; whether it was there. Its aliases lead nowhere from then on, which is a miss."""
@@ -224,7 +224,7 @@ class Store:
 
         Raises Refused if the folder is not ours, OSError if it cannot be changed.
         """
-        self._require_ours()
+        self.require_ours()
         import shutil  # here and below: 5 ms that most processes never need
 
         freed = sum(u.blocks for u in self.usage().values()) * eviction.BLOCK
@@ -236,6 +236,16 @@ class Store:
             if name.startswith(".trash-"):
                 shutil.rmtree(self.root / name, ignore_errors=True)
         return freed
+
+    def require_ours(self) -> None:
+        """Raise Refused, with the reason, unless the folder is a cache of ours, whose content may be removed."""
+        if not self.root.exists():
+            raise paths.Refused(f"{self.root} does not exist")
+        reason = paths.distrust(self.root)
+        if reason is None and not paths.is_tagged(self.root):
+            reason = f"{self.root} has no {paths.TAG}, so it is no cache of ours"
+        if reason is not None:
+            raise paths.Refused(reason)
 
     def save_counts(self) -> None:
         """Add this process's hits and misses to the folder's, for `jax-mps cache info`; call it once, at exit."""
@@ -407,8 +417,9 @@ class Store:
                 if info.st_size > _MOST:
                     raise Damaged(f"it has {info.st_size} bytes")
                 entry = self._check(kind, os.path.basename(path), read_whole(path)[0])
-                for digest in entry.constants if entry else ():
-                    entry.constant(digest)
+                if entry is not None:
+                    for digest in entry.constants:
+                        entry.constant(digest)
             except FileNotFoundError:
                 continue
             except (OSError, MemoryError, Damaged) as error:
@@ -428,15 +439,6 @@ class Store:
                 raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
             return entry
         return None
-
-    def _require_ours(self) -> None:
-        if not self.root.exists():
-            raise paths.Refused(f"{self.root} does not exist")
-        reason = paths.distrust(self.root)
-        if reason is None and not paths.is_tagged(self.root):
-            reason = f"{self.root} has no {paths.TAG}, so it is no cache of ours"
-        if reason is not None:
-            raise paths.Refused(reason)
 
     def _add_counts(self, counts: Mapping[str, int]) -> int:
         for name, amount in counts.items():

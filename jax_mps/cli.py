@@ -102,7 +102,7 @@ def plain(table: Table) -> list[str]:
     columns = list(zip(table.headings, *table.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines = []
-    for row in (table.headings, *table.rows):
+    for row in (table.headings, *table.rows) if any(table.headings) else table.rows:
         cells = zip(row, widths, table.headings, strict=True)
         lines.append("  ".join(c.rjust(w) if h in table.right else c.ljust(w) for c, w, h in cells).rstrip())
     return lines
@@ -117,7 +117,7 @@ def _say_richly(table: Table) -> bool:
         from rich.table import Table as RichTable
     except ImportError:
         return False
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.headings))
     for heading in table.headings:
         drawn.add_column(heading, justify="right" if heading in table.right else "left", overflow="fold")
     for row in table.rows:

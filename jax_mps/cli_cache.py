@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,10 @@ def prune(options: argparse.Namespace) -> Answer:
 def clear(options: argparse.Namespace) -> Answer:
     """`cache clear`: asks on a terminal, and needs --yes elsewhere."""
     store = _store(options)
-    if not options.yes and not _agreed(f"Remove every translated program in {store.root}?"):
-        return Answer({"cleared": False}, ["Nothing was removed; --yes removes without asking."], code=WRONG)
     try:
+        store.require_ours()
+        if not options.yes and not _agreed(f"Remove every translated program in {store.root}?"):
+            return Answer({"cleared": False}, ["Nothing was removed; --yes removes without asking."], code=WRONG)
         freed = store.clear()
     except Refused as reason:
         return _refused(str(reason))
@@ -218,7 +220,7 @@ def import_(options: argparse.Namespace) -> Answer:
 def warm(options: argparse.Namespace) -> Answer:
     """`cache warm SCRIPT ...`: the script's own exit code is the answer's."""
     store = _store(options)
-    command = [argument for argument in options.script if argument != "--json"]
+    command: list[str] = options.script
     if not command:
         return Answer({"error": "usage"}, ["Name a script to run."], code=USAGE)
     before = store.usage()["entries"].files
@@ -245,7 +247,7 @@ def _add(commands: Any, name: str, command: Callable[[argparse.Namespace], Answe
 
 def _root(options: argparse.Namespace) -> Path | None:
     named: Path | None = options.dir
-    return Path(os.path.abspath(named)) if named else paths.cache_folder()  # noqa: PTH100 - links are to be seen, not followed
+    return Path(os.path.abspath(named)) if named else paths.cache_folder()  # links are to be seen, not followed
 
 
 def _store(options: argparse.Namespace) -> Store:
@@ -317,15 +319,21 @@ def _compared(one: Listing, other: Listing | None) -> Answer:
     data = {"entry": _row(one), "parts": dict(one.header.key.parts), "other": other and _row(other), "different": different}
     names = dict.fromkeys((*dict(one.header.key.parts), *there))
     here = dict(one.header.key.parts)
-    rows = [(n, _short(here.get(n)), _short(there.get(n)) if n in different else "same" if other else "") for n in names]
+    rows: list[tuple[str, ...]] = [(n, _short(here.get(n)), _beside(n, there, different)) for n in names]
     headings = ("part", one.digest[:12], other.digest[:12] if other else "(no other entry)")
     after = [_verdict(_summary(one)["name"], different)] if other else []
     return Answer(data, table=Table(headings, rows), after=after)
 
 
+def _beside(name: str, there: dict[str, str], different: Sequence[str]) -> str:
+    return _short(there.get(name)) if name in different else "same" if there else ""
+
+
 def _verdict(name: str, different: Sequence[str]) -> str:
     if not different:
         return f"Nothing differs: both are {name}."
+    if "module" in different:
+        return f"They are different programs; what differs: {', '.join(different)}."
     return f"{name} could not use the other entry, because of: {', '.join(different)}."
 
 
@@ -344,10 +352,8 @@ def _is_stale(key: Key) -> bool:
 
 
 def _current() -> Iterator[tuple[str, str]]:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         yield "mlx", metadata.version("mlx")
-    except metadata.PackageNotFoundError:
-        pass
     yield "translator", translator_digest(Path(__file__).parent)
 
 
@@ -360,7 +366,7 @@ def _agreed(question: str) -> bool:
 
 
 def _run_with_progress(command: Sequence[str], environment: dict[str, str], added: Callable[[], int]) -> int:
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    process = subprocess.Popen(command, env=environment, stdout=2)  # ours is the answer's
     while True:
         try:
             code = process.wait(1.0)
