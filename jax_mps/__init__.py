@@ -1,1 +1,52 @@
-"""jax-mps: run JAX programs on MLX."""
+"""jax-mps: run JAX programs on MLX, on Metal (Apple silicon), CUDA and CPU.
+
+`JAX_PLATFORMS=mps python program.py` is all that a program needs. This module is for looking inside: `stats`, `explain`, and the
+zero-copy bridges `to_mlx` and `from_mlx`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from jax_mps.stats import stats
+
+try:
+    __version__ = metadata.version("jax-mps-mlx")
+except metadata.PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+checkout"
+
+__all__ = ["__version__", "explain", "from_mlx", "stats", "to_mlx"]
+
+
+def to_mlx(array: Any) -> Any:
+    """The `mlx.core.array` behind a JAX array on mps, without a copy (NumPy's array for a dtype that MLX lacks).
+
+    Raises:
+        ValueError: the array is not on mps, or was deleted or donated.
+    """
+    from jax_mps import interop
+
+    return interop.to_mlx(array)
+
+
+def from_mlx(array: Any) -> Any:
+    """A JAX array on mps that is the given `mlx.core.array`, without a copy.
+
+    Raises:
+        TypeError: not an MLX array, or one of a dtype that JAX on mps keeps on the host.
+    """
+    from jax_mps import interop
+
+    return interop.from_mlx(array)
+
+
+def explain(compiled: Any) -> str:
+    """The segments of a program that was compiled for mps, and why each host segment is on the host.
+
+    Args:
+        compiled: what `jax.jit(f).lower(...).compile()` returned.
+    """
+    from jax_mps import interop
+
+    return interop.explain(compiled)

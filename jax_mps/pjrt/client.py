@@ -96,6 +96,15 @@ class Client:
             self._aliases.clear()
             self._bytes = 0
 
+    def program(self, fingerprint: str) -> Program:
+        """A program that was compiled in this process, by its executable's fingerprint (the raw key's digest).
+
+        Raises:
+            KeyError: it was dropped, or never here.
+        """
+        with self._lock:
+            return self._aliases[fingerprint][0]
+
     # ---- disk --------------------------------------------------------------------------------------------------------------------
 
     def load_by_alias(self, raw: Key) -> tuple[Program, str] | None:

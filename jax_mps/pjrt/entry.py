@@ -27,6 +27,7 @@ _making = threading.Lock()
 EAGER_COST = 1 << 17
 LAZY_LIMIT = 32
 LAZY_BYTES = 256 << 20
+_DRAIN_MILLISECONDS = 5000
 
 
 def client() -> Client:
@@ -146,13 +147,19 @@ def hooks() -> dict[str, Callable[..., Any]]:
     return {f.__name__: f for f in (*own, *copies)}
 
 
+def _finish() -> None:
+    """At exit: what was dispatched may still print; then the shim's threads stop."""
+    lib.shim_drain(_DRAIN_MILLISECONDS)
+    lib.shim_finalize()
+
+
 def install() -> Any:
     """Give the shim its hooks; returns the capsule of the PJRT table. Called once."""
     table = hooks()
     if lib.shim_install(id(table)) != 0:
         raise JaxMpsError("the shim refused its hooks: jax_mps and jax_mps._shim are of different versions")
     os.register_at_fork(after_in_child=lib.shim_forked)
-    atexit.register(lib.shim_finalize)
+    atexit.register(_finish)
     capsules: list[Any] = []
     lib.shim_append_capsule(id(capsules))
     return capsules[0]

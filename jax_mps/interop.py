@@ -1,0 +1,50 @@
+"""Bridges between JAX arrays on mps and MLX, and a look into compiled programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from jax_mps import compat, runtime
+from jax_mps._shim import lib
+from jax_mps.ops.dtypes import MX
+from jax_mps.pjrt import buffer
+from jax_mps.plan.show import describe
+from jax_mps.plan.types import numpy_dtype
+
+_NAMES = {dtype: name for name, dtype in MX.items() if name != "token"}
+
+
+def to_mlx(array: Any) -> Any:
+    """See `jax_mps.to_mlx`."""
+    found: list[Any] = []
+    if lib.shim_value_at(array.unsafe_buffer_pointer(), id(found)) == 0:
+        raise ValueError(f"no buffer of mps holds this array; it is on {array.devices()}")
+    return found[0]
+
+
+def from_mlx(array: Any) -> Any:
+    """See `jax_mps.from_mlx`."""
+    if not isinstance(array, mx.array) or array.dtype not in _NAMES:
+        raise TypeError(f"expected an mlx.core.array of a dtype that MLX has on every device, got {getattr(array, 'dtype', type(array))}")
+    runtime.evaluate([array])  # its stream may belong to this thread alone
+    if array.size < 2:  # a broadcast stand-in needs two elements to be told from data
+        return compat.put_on_mps(buffer.host_view(array)[0] if array.dtype != mx.bfloat16 else _bits(array))
+    stand_in = np.zeros((), numpy_dtype(_NAMES[array.dtype]))
+    address = stand_in.__array_interface__["data"][0]
+    buffer.announce(address, array)
+    return compat.put_on_mps(np.broadcast_to(stand_in, tuple(array.shape)))
+
+
+def _bits(array: mx.array) -> Any:
+    return np.array(array.view(mx.uint16)).view(numpy_dtype("bfloat16"))
+
+
+def explain(compiled: Any) -> str:
+    """See `jax_mps.explain`."""
+    from jax_mps.pjrt.entry import client
+
+    program = client().program(compat.fingerprint(compiled))
+    return describe(program)

@@ -1,0 +1,42 @@
+"""Programs and plans as text for people: which segments there are, and why one is on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jax_mps.plan.program import Program
+from jax_mps.plan.segments import Block, Branch, Callback, Device, Host, Loop, Segment
+
+
+def describe(program: Program) -> str:
+    """A program's segments, one a line, nested ones indented; under a host segment the reasons for it."""
+    signature = f"({', '.join(map(str, program.parameters))}) -> ({', '.join(map(str, program.results))})"
+    return "\n".join([f"{program.name} {signature}", *_block(program.block, "  ")])
+
+
+def _block(block: Block, indent: str) -> Iterator[str]:
+    for node in block.nodes:
+        yield from _segment(node.segment, indent)
+
+
+def _segment(segment: Segment, indent: str) -> Iterator[str]:
+    match segment:
+        case Device():
+            yield f"{indent}device: {segment.ops} ops"
+        case Host():
+            yield f"{indent}host (XLA CPU): {len(segment.inputs)} in, {len(segment.outputs)} out"
+            for reason in segment.reasons:
+                yield f"{indent}    because {reason}"
+        case Callback():
+            yield f"{indent}callback into Python: {segment.target}"
+        case Loop():
+            how = "counted" if segment.counter else "until its condition fails"
+            yield f"{indent}loop, {how}, {segment.carry} values carried"
+            if segment.chunk:
+                yield f"{indent}  {segment.chunk_length} iterations at a time"
+            yield from _block(segment.body, indent + "  ")
+        case Branch():
+            yield f"{indent}branch of {len(segment.arms)}"
+            for number, arm in enumerate(segment.arms):
+                yield f"{indent}  arm {number}"
+                yield from _block(arm, indent + "    ")
