@@ -199,20 +199,25 @@ class Store:
         return removed
 
     def collect(self) -> int:
-        """Remove constants that no entry uses and aliases that lead nowhere, unless they are new; how many went."""
-        used, present = self._references()
-        doomed = [p for p, i in self._scan("constants") if os.path.basename(p) not in used and _is_stale(i)]
+        """Remove constants that no entry uses, entries that lack a constant and aliases that lead nowhere; how many went.
+
+        What was used or written within the hour stays: its other half may be on the way.
+        """
+        complete, doomed = self._complete_entries()
+        used = {digest for entry in complete for digest in entry.header.constants}
+        present = {entry.digest for entry in complete}
+        doomed += [path for path, info in self._scan("constants") if os.path.basename(path) not in used and _is_stale(info)]
         for path, info in self._scan("aliases"):
-            try:
-                lost = _read_alias(path).digest not in present
-            except (OSError, Damaged):
-                lost = True
-            if lost and _is_stale(info):
-                doomed.append(path)
+            with suppress(OSError, Damaged):
+                if _is_stale(info) and _read_alias(path).digest not in present:
+                    doomed.append(path)
         return sum(map(remove, doomed))
 
     def verify(self, *, repair: bool = False) -> list[Problem]:
-        """Read everything and check it; what is wrong. `repair` removes those files, so that they are misses."""
+        """Read everything and check it; what is wrong. `repair` removes those files, so that they are misses.
+
+        An entry whose constant was evicted is no problem: it is a miss, and `collect` removes it.
+        """
         problems = [p for kind in eviction.KINDS for p in self._problems(kind)]
         if repair:
             for problem in problems:
@@ -403,42 +408,37 @@ class Store:
         self._said.add(once)
         log.log(level, text, *args)
 
-    def _references(self) -> tuple[set[str], set[str]]:
-        used: set[str] = set()
-        present: set[str] = set()
-        for listing in self.entries():
-            used.update(listing.header.constants)
-            present.add(listing.digest)
-        return used, present
+    def _complete_entries(self) -> tuple[list[Listing], list[str]]:
+        complete, incomplete = [], []
+        for entry in self.entries():
+            if all(os.path.exists(self._file("constants", digest)) for digest in entry.header.constants):
+                complete.append(entry)
+            elif abs(time.time() - entry.used) > GRACE:
+                incomplete.append(self._file("entries", entry.digest))
+        return complete, incomplete
 
     def _problems(self, kind: str) -> Iterator[Problem]:
         for path, info in self._scan(kind):
             try:
                 if info.st_size > _MOST:
                     raise Damaged(f"it has {info.st_size} bytes")
-                entry = self._check(kind, os.path.basename(path), read_whole(path)[0])
-                if entry is not None:
-                    for digest in entry.constants:
-                        entry.constant(digest)
+                self._check(kind, os.path.basename(path), read_whole(path)[0])
             except FileNotFoundError:
                 continue
             except (OSError, MemoryError, Damaged) as error:
                 yield Problem(path, str(error))
 
-    def _check(self, kind: str, digest: str, data: bytes) -> Entry | None:
+    def _check(self, kind: str, digest: str, data: bytes) -> None:
         if not is_digest(digest):
             raise Damaged("it has a name that we do not give")
         if kind == "aliases":
             decode_alias(data, digest)
-        elif kind == "constants":
-            if constant_digest(data) != digest:
-                raise Damaged("it does not match its checksum")
-        else:
-            entry = decode_entry(data, self._load_constant)
-            if entry.key.digest != digest:
-                raise Damaged(f"it is the entry {entry.key.digest}, in the wrong place")
-            return entry
-        return None
+        elif kind == "constants" and constant_digest(data) != digest:
+            raise Damaged("it does not match its checksum")
+        elif kind == "entries":
+            found = decode_entry(data, self._load_constant).key.digest
+            if found != digest:
+                raise Damaged(f"it is the entry {found}, in the wrong place")
 
     def _add_counts(self, counts: Mapping[str, int]) -> int:
         for name, amount in counts.items():

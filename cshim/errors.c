@@ -81,6 +81,9 @@ PJRT_Error* error_from_python(const char* hook) {
   PyErr_Clear();
   if (!error)
     error = exception ? describe_plainly(hook, exception) : INTERNAL("hook %s failed; its exception cannot be made", hook);
+  /* An interrupt that ended a hook is the user's: it shall be raised again as soon as JAX returns to Python. On our own threads the
+   * main one has it already. */
+  if (type && !on_own_thread && PyErr_GivenExceptionMatches(type, PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
   Py_XDECREF(described);
   Py_XDECREF(type);
   Py_XDECREF(exception);

@@ -84,6 +84,7 @@ PJRT_Error* Event_Await(PJRT_Event_Await_Args* args) {
   if (!atomic_load(&event->ready)) {
     REFUSE_IF_CLOSED();
     PyGILState_STATE gil = PyGILState_Ensure(); /* so that it can be dropped, whoever has it */
+    while (on_executor && !atomic_load(&event->ready) && executor_help()) continue;
     PyThreadState* thread = PyEval_SaveThread();
     state_lock();
     while (!event->ready) state_wait();

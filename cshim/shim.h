@@ -240,7 +240,7 @@ extern atomic_llong execute_count;
 extern atomic_llong lazy_count;
 
 /* ---- threads.c ---- */
-extern _Thread_local bool on_executor;
+extern _Thread_local bool on_executor, on_own_thread;
 extern atomic_long pending_jobs;
 PJRT_Error* threads_start_executor(void);
 void executor_submit(Job* job);        /* takes the job */

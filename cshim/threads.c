@@ -4,7 +4,7 @@
 
 #include "shim.h"
 
-_Thread_local bool on_executor;
+_Thread_local bool on_executor, on_own_thread;
 atomic_long pending_jobs;
 
 /* All under the state lock. */
@@ -37,7 +37,7 @@ static void job_over(void) {
 /* ---- the executor ---- */
 static void* executor_main(void* unused) {
   (void)unused;
-  on_executor = true;
+  on_executor = on_own_thread = true;
   PyGILState_Ensure(); /* one thread state for its whole life; the interpreter clears it */
   PyThreadState* thread = PyEval_SaveThread();
   state_lock();
@@ -119,6 +119,7 @@ static PyThreadState* evaluate_all(Cell* cells, PyThreadState* thread) {
 
 static void* evaluator_main(void* unused) {
   (void)unused;
+  on_own_thread = true;
   PyGILState_Ensure();
   PyThreadState* thread = PyEval_SaveThread();
   state_lock();

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from jax_mps.stats import stats
+from jax_mps.counters import stats
 
 try:
     __version__ = metadata.version("jax-mps-mlx")

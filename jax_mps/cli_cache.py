@@ -123,7 +123,11 @@ def show(options: argparse.Namespace) -> Answer:
         return found
     entry = store.get(found.header.key)
     if entry is None:
-        return Answer({"error": "damaged"}, ["This entry is damaged; `jax-mps cache verify` says how."], code=WRONG)
+        return Answer(
+            {"error": "unusable"},
+            ["This entry cannot be used: it is damaged, or has lost a constant. `jax-mps cache verify` says which."],
+            code=WRONG,
+        )
     text = entry.manifest.get("plan_text")
     files = {name: len(entry.read(name)) for name in entry.names}
     data = {**_row(found), "files": files, "constants": dict(entry.constants), "manifest": entry.manifest}

@@ -1,12 +1,20 @@
-"""Every touch of JAX's and jaxlib's private names, each guarded by itself: a renamed name costs one feature, said in one log line."""
+"""Every touch of JAX's and jaxlib's private names, each guarded by itself: a renamed name costs one feature, said in one log line.
+
+Two kinds: functions that the plugin cannot do without (they raise), and features, which `install` turns on one by one and `features` lists.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+PLATFORM = "mps"
+
+# ---- what the plugin needs ---------------------------------------------------------------------------------------------------------
 
 
 def xla_client() -> Any:
@@ -42,9 +50,252 @@ def initialize_lapack() -> None:
     lapack._lapack.initialize()
 
 
+def cpu_call_targets() -> frozenset[str]:
+    """Custom-call targets registered with XLA's CPU compiler now, those of `jax.ffi` included."""
+    found = xla_client()._xla.custom_call_targets("Host")
+    return frozenset(name.decode() if isinstance(name, bytes) else name for name in found)
+
+
 def stablehlo_versions() -> tuple[tuple[int, ...], tuple[int, ...]]:
     """This jaxlib's current and minimum StableHLO versions, each as three numbers."""
     from jaxlib.mlir.dialects import stablehlo
 
     current, minimum = stablehlo.get_current_version(), stablehlo.get_minimum_version()
     return tuple(int(n) for n in current.split(".")), tuple(int(n) for n in minimum.split("."))
+
+
+def register_plugin(capsule: Any, *, priority: int) -> None:
+    """Make the platform known to JAX, with the PJRT table in the capsule."""
+    from jax._src import xla_bridge
+
+    xla_bridge.register_plugin(PLATFORM, priority=priority, c_api=capsule)
+
+
+# ---- features ----------------------------------------------------------------------------------------------------------------------
+
+_before: dict[str, Callable[[], None]] = {}
+_after: dict[str, Callable[[], None]] = {}
+_states: dict[str, str] = {}
+
+
+class _Missing(Exception):
+    """JAX lacks what a feature needs, or has it in another form."""
+
+
+def _feature(name: str, table: dict[str, Callable[[], None]]) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def enter(turn_on: Callable[[], None]) -> Callable[[], None]:
+        table[name] = turn_on
+        return turn_on
+
+    return enter
+
+
+def install_before() -> None:
+    """Turn on the features that JAX reads while a plugin is registered."""
+    _install(_before)
+
+
+def install() -> None:
+    """Turn on the features that need the platform to be known. Those that fail are logged, once, and stay off."""
+    _install(_after)
+
+
+def _install(table: dict[str, Callable[[], None]]) -> None:
+    for name, turn_on in table.items():
+        if name in _states:
+            continue
+        try:
+            turn_on()
+        except Exception as error:  # any change in JAX must cost this feature only
+            _states[name] = f"off: {type(error).__name__}: {error}"
+            log.warning("with this version of jax, mps goes without %r: %s: %s", name, type(error).__name__, error)
+        else:
+            _states[name] = "on"
+
+
+def features() -> dict[str, str]:
+    """Each feature with "on", or "off: " and the reason. Empty before the plugin is registered."""
+    return dict(_states)
+
+
+@_feature("nonexperimental", _before)
+def _nonexperimental() -> None:
+    """No warning that the platform is experimental."""
+    from jax._src import xla_bridge
+
+    xla_bridge._nonexperimental_plugins.add(PLATFORM)
+
+
+@_feature("cpu beside mps", _before)
+def _cpu_beside() -> None:
+    """JAX_PLATFORMS=mps is enough: callbacks put their arguments on JAX's cpu devices. The default stays mps."""
+    import jax
+
+    if jax.config.jax_platforms == PLATFORM:
+        jax.config.update("jax_platforms", f"{PLATFORM},cpu")
+
+
+@_feature("donation", _after)
+def _donation() -> None:
+    """JAX marks donated arguments for platforms on this list only."""
+    from jax._src.interpreters import mlir
+
+    if PLATFORM not in mlir._platforms_with_donation:
+        mlir._platforms_with_donation.append(PLATFORM)
+
+
+@_feature("linear algebra", _after)
+def _linalg() -> None:
+    """The rules of cpu, which call LAPACK: several primitives have no other, and the generic ones are loops that MLX is slow at."""
+    from jax._src.lax import linalg
+
+    missing = [name for name in _LAPACK if not hasattr(linalg, f"{name}_p")]
+    for name in _LAPACK:
+        if name not in missing:
+            _copy_cpu_rule(getattr(linalg, f"{name}_p"))
+    if missing:
+        raise _Missing(f"no primitive {', '.join(missing)}")
+
+
+_LAPACK = (
+    "cholesky", "eig", "eigh", "geqp3", "geqrf", "hessenberg", "householder_product", "lu", "ormqr", "schur", "svd",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve",
+)  # fmt: skip
+
+
+def _copy_cpu_rule(primitive: Any) -> None:
+    from jax._src.interpreters import mlir
+
+    entry = mlir._platform_specific_lowerings["cpu"][primitive]
+    mlir.register_lowering(primitive, entry.rule, platform=PLATFORM, inline=entry.inline)
+
+
+@_feature("callbacks", _after)
+def _callbacks() -> None:
+    """`pure_callback` and `io_callback`: their rules are generic, and emit through one function that knows a list of platforms."""
+    from jax._src import callback
+
+    if not callable(callback.emit_python_callback):
+        raise _Missing("jax._src.callback.emit_python_callback is no function")
+    if not isinstance(callback.emit_python_callback, functools.partial):
+        callback.emit_python_callback = functools.partial(_emit, callback.emit_python_callback)
+
+
+@_feature("debug callbacks", _after)
+def _debug_callbacks() -> None:
+    """`jax.debug.print` and `jax.debug.callback` have rules for named platforms only."""
+    from jax._src import debugging
+
+    _copy_cpu_rule(debugging.debug_callback_p)
+    _copy_cpu_rule(debugging.debug_print_p)
+
+
+@_feature("checkify", _after)
+def _checkify() -> None:
+    """`checkify.check` outside of `checkify` raises through a callback."""
+    from jax._src import checkify
+
+    _copy_cpu_rule(checkify.check_p)
+
+
+@_feature("approx_top_k", _after)
+def _approx_top_k() -> None:
+    """The exact top k: the generic rule is a custom call that holds functions of its module."""
+    from jax._src.interpreters import mlir
+    from jax._src.lax import ann
+
+    def exact(operand: Any, *, k: int, reduction_dimension: int, is_max_k: bool, **options: Any) -> Any:
+        from jax import lax, numpy as jnp
+
+        if not options["aggregate_to_topk"]:
+            size = ann.approx_top_k_reduction_output_size(
+                operand.shape[reduction_dimension], operand.ndim, k, options["recall_target"], False, options["reduction_input_size_override"]
+            )
+            k = size[0] if isinstance(size, tuple) else size
+        last = jnp.moveaxis(operand, reduction_dimension, -1)
+        values, indices = lax.top_k(last if is_max_k else -last, k)
+        return tuple(jnp.moveaxis(r, -1, reduction_dimension) for r in (values if is_max_k else -values, indices))
+
+    mlir.register_lowering(ann.approx_top_k_p, mlir.lower_fun(exact, multiple_results=True), platform=PLATFORM)
+
+
+@_feature("ffi targets", _after)
+def _ffi_targets() -> None:
+    """`jax.ffi.register_ffi_target(name, function, platform="mps")` takes a Python function."""
+    from jax_mps.calls import ffi
+
+    def enter(name: Any, function: Any, *_: Any) -> None:
+        ffi.register_ffi_target(name.decode() if isinstance(name, bytes) else name, function)
+
+    xla_client().register_custom_call_handler(PLATFORM, enter)
+
+
+@_feature("random bits", _after)
+def _threefry() -> None:
+    """The generic rule of threefry2x32 is straight-line code; a rolled loop (as on cpu) would leave the device at every step."""
+    from jax._src.interpreters import mlir
+    from jax._src.random import threefry2x32
+
+    if threefry2x32.threefry2x32_p not in mlir._lowerings:
+        raise _Missing("threefry2x32 has no generic rule")
+
+
+# ---- callbacks ---------------------------------------------------------------------------------------------------------------------
+
+
+def _emit(
+    original: Callable[..., Any],
+    ctx: Any,
+    callback: Callable[..., Any],
+    token: Any,
+    operands: Sequence[Any],
+    operand_avals: Sequence[Any],
+    result_avals: Sequence[Any],
+    *,
+    has_side_effect: bool,
+    returns_token: bool = True,
+    **options: Any,
+) -> tuple[Sequence[Any], Any, Any]:
+    """JAX's `emit_python_callback`; for mps, a custom call that names the function's entry in our table.
+
+    Shardings (in `options`) say which device calls back; there is one.
+    """
+    if tuple(ctx.module_context.platforms) != (PLATFORM,):
+        given = {"has_side_effect": has_side_effect, "returns_token": returns_token, **options}
+        return original(ctx, callback, token, operands, operand_avals, result_avals, **given)  # type: ignore[no-any-return]
+
+    import jax
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import stablehlo
+
+    from jax_mps.calls import callbacks
+
+    types = [_tensor_type(aval) for aval in result_avals]
+    entry = callbacks.register(callback, types, narrow=not jax.config.jax_enable_x64)
+    ctx.module_context.add_keepalive(entry)
+    tokens = [token] if token is not None else []
+    call = stablehlo.CustomCallOp(
+        [*(t.type for t in tokens), *(ir.Type.parse(str(t)) for t in types)],
+        [*tokens, *_flat(operands)],
+        call_target_name=ir.StringAttr.get(callbacks.TARGET),
+        has_side_effect=ir.BoolAttr.get(has_side_effect),
+        backend_config=ir.StringAttr.get(entry.marker),
+        api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 2),
+    )
+    results = list(call.results)
+    return (results[1:], results[0], entry) if tokens else (results, None, entry)
+
+
+def _flat(operands: Sequence[Any]) -> list[Any]:
+    """Values of MLIR; an operand may be a sequence of them."""
+    return [v for operand in operands for v in (operand if isinstance(operand, (tuple, list)) else (operand,))]
+
+
+def _tensor_type(aval: Any) -> Any:
+    """The type of what a callback returns for an abstract value (a typed key is its uint32s, float0 is a bool)."""
+    from jax._src import core
+
+    from jax_mps.plan.types import TensorType
+
+    physical = core.physical_aval(aval)
+    return TensorType(tuple(physical.shape), "bool" if physical.dtype.name == "float0" or physical.dtype.kind == "V" else physical.dtype.name)

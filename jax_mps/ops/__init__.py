@@ -14,3 +14,4 @@ def load_all() -> None:
     """Import every family, which registers its lowerings. Nothing is imported on a warm start."""
     for family in FAMILIES:
         importlib.import_module(f"jax_mps.ops.{family}")
+    importlib.import_module("jax_mps.calls.sharding")

@@ -17,6 +17,7 @@ from jax_mps.ops import complex as complex_
 from jax_mps.ops.bits import constant as const
 from jax_mps.ops.dtypes import BITS, MX, mx_array
 from jax_mps.ops.registry import LoweredRegion, Run, elementwise, lowers, mark_elementwise
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step
 
 FLOATS = frozenset([mx.float16, mx.bfloat16, mx.float32])
@@ -119,13 +120,41 @@ def _in_float32(x: mx.array) -> mx.array:
 
 
 def exponential(x: mx.array) -> mx.array:
-    if x.dtype == mx.complex64:
-        return complex_.exponential(x)
-    return _exp(x)
+    return complex_.exponential(x) if x.dtype == mx.complex64 else exp(x)
 
 
-def _exp(x: mx.array) -> mx.array:
-    return mx.exp(x)
+def exp(x: mx.array) -> mx.array:
+    """MLX's own on GPU and for half types; its float32 kernel on CPU is 63 ulp off (MLX 0.32.4, mlx#1341)."""
+    if x.dtype != mx.float32 or device_kind() != "cpu":
+        return mx.exp(x)
+    return _exp_by_expm1(x) if x.size < _SMALL else _exp_by_powers(x)
+
+
+_SMALL = 8192  # below, the number of MLX ops costs more than what they do
+
+
+def _exp_by_expm1(x: mx.array) -> mx.array:
+    """expm1 is libm's; 1 / exp(-x) keeps the relative error of a small result."""
+    y = mx.expm1(mx.abs(x)) + 1.0
+    return mx.where(x < 0, 1.0 / y, y)
+
+
+# exp(r) on |r| <= ln(2)/2: Cephes' minimax coefficients (expf), highest power first
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4  # Cody and Waite's two parts of ln(2)
+_EXP_MAX, _EXP_MIN = 88.72284, -87.33655  # past these the result is infinite, or below the smallest normal number, which XLA flushes
+
+
+def _exp_by_powers(x: mx.array) -> mx.array:
+    """2^n exp(r), x = n ln(2) + r; the power of two goes straight into the exponent's bits."""
+    n = mx.round(x * _LOG2_E)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = r * _EXP[0]
+    for c in _EXP[1:-1]:
+        p = (p + c) * r
+    y = ((p + _EXP[-1]) * r) * r + r + 1.0
+    scaled = (y.view(mx.int32) + (n.astype(mx.int32) << 23)).view(mx.float32)
+    return mx.where(x <= _EXP_MAX, mx.where(x >= _EXP_MIN, scaled, 0.0), x * math.inf)
 
 
 def cbrt(x: mx.array) -> mx.array:
@@ -140,7 +169,9 @@ def cbrt(x: mx.array) -> mx.array:
 def logistic(x: mx.array) -> mx.array:
     if x.dtype == mx.complex64:
         return complex_.logistic(x)
-    return mx.sigmoid(x)
+    if x.dtype != mx.float32 or device_kind() != "cpu":
+        return mx.sigmoid(x)
+    return 1.0 / (1.0 + exp(-x))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------------
@@ -254,9 +285,43 @@ def bitcast_convert(op: Step) -> Run:
     return lambda x: x.view(dtype)
 
 
+# (exponent bits, mantissa bits) of the floats that are reduced
+_FORMATS = {"float16": (5, 10), "bfloat16": (8, 7), "float32": (8, 23)}
+
+
 @lowers("stablehlo.reduce_precision")
 def reduce_precision(op: Step) -> Run:
-    return lambda x: x
+    """Rounds to fewer mantissa bits, half to even; what the exponent cannot hold becomes infinite or zero. NaN stays."""
+    if op.operand.dtype not in _FORMATS:
+        raise Unsupported(op, f"reduced precision of {op.operand.dtype}")
+    exponent, mantissa = _FORMATS[op.operand.dtype]
+    exponent_bits, mantissa_bits = op.exponent_bits, op.mantissa_bits
+    dtype, word = MX[op.operand.dtype], bits.UINT[BITS[op.operand.dtype]]
+    magnitude_mask = (1 << (exponent + mantissa)) - 1
+    bias, smaller_bias = (1 << (exponent - 1)) - 1, (1 << (exponent_bits - 1)) - 1
+    infinity = const(((1 << exponent) - 1) << mantissa, word)
+
+    def round_mantissa(u: mx.array) -> mx.array:
+        last = mantissa - mantissa_bits
+        if last <= 0:
+            return u
+        odd = (u >> const(last, word)) & const(1, word)
+        u = u + odd + const((1 << (last - 1)) - 1, word)
+        return u & const(magnitude_mask & ~((1 << last) - 1), word)
+
+    def limit_exponent(u: mx.array) -> mx.array:
+        if exponent_bits >= exponent:
+            return u
+        u = mx.where(u >= const((bias + smaller_bias + 1) << mantissa, word), infinity, u)
+        return mx.where(u < const((bias - smaller_bias + 1) << mantissa, word), const(0, word), u)
+
+    def run(operand: mx.array) -> mx.array:
+        u = operand.view(word) & const(magnitude_mask, word)
+        y = limit_exponent(round_mantissa(u)).view(dtype)
+        y = mx.where(negative(operand), -y, y)
+        return mx.where(operand == operand, y, operand)
+
+    return run
 
 
 mark_elementwise("stablehlo.compare", "stablehlo.convert", "stablehlo.bitcast_convert", "stablehlo.reduce_precision")

@@ -150,7 +150,7 @@ def philox(state: mx.array, shape: tuple[int, ...], width: int) -> tuple[mx.arra
     size = math.prod(shape)
     n = -(-size * max(width, 32) // 128)
     vectors = philox_4x32(words[:2], _advanced(counter, _count(n)))
-    bits = mx.stack(vectors, axis=-1)
+    bits = mx.stack(list(vectors), axis=-1)
     if width == 64:
         bits = bits.view(U64)
     end = _advanced(counter, mx.array(n, dtype=U32))

@@ -21,7 +21,7 @@ from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
 from jax_mps.plan.segments import Callback, Device
 from jax_mps.plan.types import TensorType, numpy_dtype
-from jax_mps.stats import count
+from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Device
 from jax_mps.plan.types import DEVICE_DTYPES, TensorType
-from jax_mps.stats import count
+from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,16 @@ import numpy as np
 
 from jax_mps.plan.types import MLIR_NAMES, Region, Step, Value
 
+# Annotations of shardings and memories; on one device each is the identity. XLA aborts the process on some of them.
+IDENTITY_CALLS = frozenset([
+    "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "xla.sdy.FuncResultSharding", "xla.sdy.GlobalToLocalShape", "xla.sdy.LocalToGlobalShape", "xla.sdy.PropagationBarrier",
+    "annotate_device_placement", "LayoutConstraint", "MoveToHost", "MoveToDevice",
+])  # fmt: skip
+
+# Discardable attributes that name meshes, devices or memories of the whole program, which a part of it does not hold.
+_DROPPED = re.compile(r"^(sdy|xla\.sdy)\.|^mhlo\.(sharding|frontend_attributes|memory_kind|layout_mode)$")
+
 _BARE = re.compile(r"^[A-Za-z_][\w.$]*$")
 _TOKEN = "token"
 
@@ -34,12 +44,29 @@ def data_values(values: Sequence[Value]) -> list[Value]:
     return [v for v in values if v.dtype != _TOKEN]
 
 
+def is_identity_call(step: Step) -> bool:
+    """Whether the step is an annotation that changes nothing on one device."""
+    if step.name != "stablehlo.custom_call" or step.attributes["call_target_name"] not in IDENTITY_CALLS:
+        return False
+    return [v.type for v in step.operands] == [v.type for v in step.results]
+
+
+def is_printable(step: Step) -> bool:
+    """Whether the step itself (its regions aside) has a StableHLO form."""
+    try:
+        _attributes(step, with_constant=False)
+    except ValueError:
+        return False
+    return True
+
+
 class _Printer:
     """The lines so far, and the name of every value in scope."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.names: dict[Value, str] = {}
+        self.count = 0
 
     def module(self, inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> str:
         given = data_values(inputs)
@@ -57,7 +84,8 @@ class _Printer:
         return "\n".join(self.lines)
 
     def define(self, value: Value) -> str:
-        name = self.names[value] = f"%{len(self.names)}"
+        name = self.names[value] = f"%{self.count}"
+        self.count += 1
         return name
 
     def uses(self, values: Sequence[Value]) -> str:
@@ -69,6 +97,9 @@ class _Printer:
     def step(self, step: Step) -> None:
         attributes = _attributes(step)
         operands = self.uses(step.operands)
+        if is_identity_call(step):
+            self.names.update((r, self.names[o]) for r, o in zip(step.results, step.operands, strict=True))
+            return
         start = len(self.lines)
         for region in step.regions:
             self.region(region)
@@ -103,10 +134,10 @@ def _attribute_name(name: str) -> str:
     return name if _BARE.match(name) else f'"{name}"'
 
 
-def _attributes(step: Step) -> list[tuple[str, str]]:
+def _attributes(step: Step, *, with_constant: bool = True) -> list[tuple[str, str]]:
     """Name and MLIR text of each attribute."""
     if step.name == "stablehlo.constant":
-        return [("value", constant_text(step.attributes["value"], step.result.dtype))]
+        return [("value", constant_text(step.attributes["value"], step.result.dtype))] if with_constant else []
     if step.text is None:
         if not step.name.startswith("chlo."):
             raise ValueError(f"{step.name} was made by a rewrite and has no StableHLO form")
@@ -114,7 +145,7 @@ def _attributes(step: Step) -> list[tuple[str, str]]:
     for name, text in step.text:
         if name == "called_computations" and text != "[]":
             raise ValueError(f"{step.key} calls functions of its module ({text}), which a part of it does not hold")
-    return list(step.text)
+    return [(name, text) for name, text in step.text if not _DROPPED.match(name)]
 
 
 def _plain_text(step: Step, name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ from jax_mps.plan import build, export, segments
 from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Plan, Step, Value
-from jax_mps.stats import count
+from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 
