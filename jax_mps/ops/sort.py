@@ -6,6 +6,7 @@ and of the right arguments. Everything else is left to the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class _Comparator:
         self.terms: list[tuple[Any, ...]] = []
         self.of: dict[Value, int] = {v: self.number(("argument", i)) for i, v in enumerate(region.arguments)}
         self.steps: dict[int, Step] = {}
+        self.mirrors: dict[int, int | None] = {}
         for step in region.steps:
             for position, result in enumerate(step.results):
                 operands = tuple(self.term(v) for v in step.operands)
@@ -60,7 +62,11 @@ class _Comparator:
 
     def mirrored(self, number: int) -> int | None:
         """The term with left and right arguments exchanged, None if the comparator does not compute it."""
-        term = self.terms[number]
+        if number not in self.mirrors:
+            self.mirrors[number] = self._mirrored(self.terms[number], number)
+        return self.mirrors[number]
+
+    def _mirrored(self, term: tuple[Any, ...], number: int) -> int | None:
         if term[0] == "argument":
             return self.numbers[("argument", term[1] ^ 1)]
         if term[0] == "capture":
@@ -68,12 +74,15 @@ class _Comparator:
         operands = [self.mirrored(n) for n in term[3:]]
         return None if None in operands else self.numbers.get((*term[:3], *operands))
 
-    def sides(self, number: int) -> frozenset[int]:
+    def sides(self, number: int) -> set[int]:
         """Which arguments a term reads: 0 for left, 1 for right."""
-        term = self.terms[number]
-        if term[0] == "argument":
-            return frozenset([term[1] % 2])
-        return frozenset() if term[0] == "capture" else frozenset().union(*(self.sides(n) for n in term[3:]))
+        seen, waiting = {number}, [number]
+        while waiting:
+            term = self.terms[waiting.pop()]
+            fresh = set() if term[0] in ("argument", "capture") else set(term[3:]) - seen
+            seen |= fresh
+            waiting.extend(fresh)
+        return {self.terms[n][1] % 2 for n in seen if self.terms[n][0] == "argument"}
 
     def keys(self, number: int) -> list[Key] | None:
         """`number` as a lexicographic order; None if it is none."""
@@ -153,7 +162,8 @@ def _plain(region: Region, key: Key) -> tuple[int, bool] | None:
     if not outer or not inner:
         return None
     x = inner[2]
-    is_nan = outer[0] is outer[1] is x and _constant(steps, outer[3]) != _constant(steps, outer[3])
+    nan = _constant(steps, outer[3])
+    is_nan = outer[0] is outer[1] is x and isinstance(nan, float) and math.isnan(nan)
     is_zero = inner[0] is x and _constant(steps, inner[1]) == 0 and _constant(steps, inner[3]) == 0
     return (region.arguments.index(x) // 2, True) if is_nan and is_zero and x in region.arguments else None
 
@@ -210,7 +220,7 @@ def ascending(x: mx.array, key: Key, canonical: bool = False) -> mx.array:
         x = total_order(x, dtype)
     if not key.descending:
         return x
-    return x ^ mx.array(-1 if not dtype.startswith("u") else (1 << BITS[dtype]) - 1, x.dtype)
+    return x ^ mx.array(-1, mx.int64).astype(x.dtype)  # all bits; 2**64 - 1 is no Python int that MLX takes
 
 
 # ---- sort ------------------------------------------------------------------------------------------------------------------------
