@@ -31,7 +31,7 @@ _DESCRIPTORS = "/proc/self/fd"
 Json = dict[str, Any]
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """A stored file is not what its checksums, its key or its format say it should be."""
 
 
