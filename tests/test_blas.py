@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_every_symbol_is_patched():
     assert report.reason is None or "already uses" in report.reason, report
     if report.reason is None:
         assert report.symbols == tuple(sorted(blas.SYMBOLS))
-        assert os.path.exists(report.library or "")
+        assert Path(report.library or "").exists()
     assert blas.install() is report is blas.report()
 
 
