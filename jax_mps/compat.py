@@ -204,19 +204,20 @@ def _approx_top_k() -> None:
     from jax._src.interpreters import mlir
     from jax._src.lax import ann
 
-    def exact(operand: Any, *, k: int, reduction_dimension: int, is_max_k: bool, **options: Any) -> Any:
-        from jax import lax, numpy as jnp
+    def exact(operand: Any, *, k: int, dimension: int, is_max_k: bool) -> Any:
+        from jax import lax
+        from jax import numpy as jnp
 
-        if not options["aggregate_to_topk"]:
-            size = ann.approx_top_k_reduction_output_size(
-                operand.shape[reduction_dimension], operand.ndim, k, options["recall_target"], False, options["reduction_input_size_override"]
-            )
-            k = size[0] if isinstance(size, tuple) else size
-        last = jnp.moveaxis(operand, reduction_dimension, -1)
+        last = jnp.moveaxis(operand, dimension, -1)
         values, indices = lax.top_k(last if is_max_k else -last, k)
-        return tuple(jnp.moveaxis(r, -1, reduction_dimension) for r in (values if is_max_k else -values, indices))
+        return jnp.moveaxis(values if is_max_k else -values, -1, dimension), jnp.moveaxis(indices, -1, dimension)
 
-    mlir.register_lowering(ann.approx_top_k_p, mlir.lower_fun(exact, multiple_results=True), platform=PLATFORM)
+    def rule(ctx: Any, operand: Any, *, reduction_dimension: int, is_max_k: bool, **_: Any) -> Any:
+        size = ctx.avals_out[0].shape[reduction_dimension]  # more than k where the user aggregates later
+        chosen = functools.partial(exact, k=size, dimension=reduction_dimension, is_max_k=is_max_k)
+        return mlir.lower_fun(chosen, multiple_results=True)(ctx, operand)
+
+    mlir.register_lowering(ann.approx_top_k_p, rule, platform=PLATFORM)
 
 
 @_feature("ffi targets", _after)
@@ -293,9 +294,10 @@ def _flat(operands: Sequence[Any]) -> list[Any]:
 
 def _tensor_type(aval: Any) -> Any:
     """The type of what a callback returns for an abstract value (a typed key is its uint32s, float0 is a bool)."""
+    import jax
     from jax._src import core
 
     from jax_mps.plan.types import TensorType
 
     physical = core.physical_aval(aval)
-    return TensorType(tuple(physical.shape), "bool" if physical.dtype.name == "float0" or physical.dtype.kind == "V" else physical.dtype.name)
+    return TensorType(tuple(physical.shape), "bool" if physical.dtype == jax.dtypes.float0 else physical.dtype.name)

@@ -221,6 +221,8 @@ class _Cutter:
             if draft.kind in ("device", "host", "callback"):
                 defined = {v for s in draft.steps for v in s.results}
                 draft.reads = tuple(dict.fromkeys(v for s in draft.steps for v in s.reads() if v not in defined))
+                if draft.kind == "callback":
+                    draft.reads = draft.steps[0].operands  # one argument for each operand, a repeated one too
                 draft.writes = tuple(v for s in draft.steps for v in s.results if v in wanted or draft.kind == "callback")
                 wanted.difference_update(draft.writes)  # of the copies of a constant, the nearest one before its reader is written
             wanted.update(draft.reads)

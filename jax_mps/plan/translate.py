@@ -154,7 +154,7 @@ class _Assembler:
 
 
 def _config(step: Step) -> Any:
-    return step.backend_config
+    return step.attributes.get("mhlo.backend_config", step.backend_config)  # the former is the typed API's dictionary
 
 
 def _cost(steps: Sequence[Step]) -> int:

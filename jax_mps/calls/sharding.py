@@ -1,0 +1,16 @@
+"""Annotations of shardings, layouts and memories: the identity on one device."""
+
+from __future__ import annotations
+
+from jax_mps.errors import Unsupported
+from jax_mps.ops.registry import Run, lowers
+from jax_mps.plan.text import IDENTITY_CALLS, is_identity_call
+from jax_mps.plan.types import Step
+
+
+@lowers(*(f"custom_call:{name}" for name in sorted(IDENTITY_CALLS)))
+def annotation(op: Step) -> Run:
+    """Every operand as it is; a shape that changes means more than one device."""
+    if not is_identity_call(op):
+        raise Unsupported(op, "operands and results differ in type, which takes more than one device")
+    return lambda *operands: operands

@@ -1,0 +1,82 @@
+"""JAX's entry point: register the platform `mps`, or say in one sentence why not and leave JAX as it is.
+
+With JAX_PLATFORMS unset, mps is the default backend (priority 400; cpu has 0, cuda 500) wherever MLX is usable. With JAX_PLATFORMS set to
+others only, nothing is imported and nothing registered.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+
+from jax_mps.errors import JaxMpsError
+
+log = logging.getLogger(__name__)
+
+PRIORITY = 400
+_OWN = "jax_mps.plugin"
+_MINIMUM_MLX = (0, 32, 2)
+
+
+class _Unusable(Exception):
+    """Why the platform is not registered, in a sentence for the user."""
+
+
+def initialize() -> None:
+    """Register the platform, once. Called by JAX before it makes its first backend."""
+    import jax
+
+    from jax_mps import compat
+
+    chosen = jax.config.jax_platforms
+    if chosen and compat.PLATFORM not in chosen.split(","):
+        log.debug("jax_platforms is %r: mps is not registered", chosen)
+        return
+    try:
+        _refuse_another_plugin()
+        _require_mlx()
+        capsule = _capsule()
+    except _Unusable as error:
+        log.warning("The mps platform is not available: %s", error)
+        return
+    compat.install_before()
+    compat.register_plugin(capsule, priority=PRIORITY)
+    compat.install()
+
+
+def _refuse_another_plugin() -> None:
+    """JAX would make a platform of the name twice."""
+    others = [
+        f"{entry.dist.name} ({entry.value})" if entry.dist else entry.value
+        for entry in importlib.metadata.entry_points(group="jax_plugins", name="mps")
+        if entry.value != _OWN
+    ]
+    if not others and "jax_plugins" in sys.modules and importlib.util.find_spec("jax_plugins.mps") is not None:
+        others = ["the module jax_plugins.mps"]
+    if others:
+        raise _Unusable(f"another plugin for it is installed, {', '.join(others)}; uninstall that one or jax-mps-mlx.")
+
+
+def _require_mlx() -> None:
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        extra = "; on Linux, install jax-mps-mlx[cpu] or jax-mps-mlx[cuda], which bring MLX's library" if sys.platform == "linux" else ""
+        raise _Unusable(f"MLX cannot be imported ({error}){extra}.") from error
+    found = tuple(int(n) for n in mx.__version__.split(".")[:3] if n.isdigit())
+    if found < _MINIMUM_MLX:
+        raise _Unusable(f"MLX {mx.__version__} is installed, {'.'.join(map(str, _MINIMUM_MLX))} or later is needed.")
+
+
+def _capsule() -> object:
+    """The PJRT table, its hooks installed."""
+    try:
+        from jax_mps.pjrt import entry
+
+        return entry.install()
+    except ImportError as error:
+        raise _Unusable(f"this installation of jax-mps-mlx is incomplete ({error}).") from error
+    except (JaxMpsError, RuntimeError, OSError) as error:
+        raise _Unusable(f"MLX's device cannot be used ({error}).") from error
