@@ -372,8 +372,8 @@ static PJRT_Error* read_host(PJRT_Client_BufferFromHostBuffer_Args* args, size_t
   PJRT_Error* error = pair ? cell_from_pair(pair, "from_host", nbytes, cell) : error_from_python("from_host");
   Py_XDECREF(pair);
   PyObject* released = PyObject_CallMethod(view, "release", NULL);
-  if (!released && !error) error = error_from_python("from_host kept its view");
   if (!released) PyErr_Clear();
+  if (!released && !error) error = INTERNAL("hook from_host kept a view of the caller's memory");
   Py_XDECREF(released);
   Py_DECREF(view);
   if (error && *cell) {

@@ -293,11 +293,21 @@ PJRT_Error* cell_materialise(Cell* cell) {
 /* ---- views of the data ---- */
 static char nothing[64]; /* where empty arrays live */
 
-static PJRT_Error* check_view(const Py_buffer* view, size_t nbytes) {
-  if (!PyBuffer_IsContiguous(view, 'C')) return INTERNAL("hook host_view returned a buffer that is not contiguous");
-  if ((size_t)view->len != nbytes)
-    return INTERNAL("hook host_view returned a buffer of %zd bytes, expected %zu", view->len, nbytes);
-  return NULL;
+/* The exporter's buffer, which must be what cshim's contract says. */
+static PJRT_Error* take_view(PyObject* exporter, size_t nbytes, Py_buffer* view) {
+  lock_with_gil();
+  int failed = PyObject_GetBuffer(exporter, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT);
+  unlock_with_gil();
+  if (failed) {
+    PJRT_Error* cause = error_from_python("host_view");
+    PJRT_Error* error = INTERNAL("hook host_view returned no contiguous buffer: %s", cause->message);
+    error_release(cause);
+    return error;
+  }
+  if ((size_t)view->len == nbytes && PyBuffer_IsContiguous(view, 'C')) return NULL;
+  PJRT_Error* error = INTERNAL("hook host_view returned a buffer of %zd bytes, expected %zu contiguous ones", view->len, nbytes);
+  PyBuffer_Release(view);
+  return error;
 }
 
 PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
@@ -314,12 +324,8 @@ PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
     return INTERNAL("hook host_view did not return (value, exporter)");
   }
   Py_buffer* view = calloc(1, sizeof *view);
-  lock_with_gil();
-  int failed = view ? PyObject_GetBuffer(PyTuple_GetItem(pair, 1), view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) : -1;
-  unlock_with_gil();
-  error = failed ? (view ? error_from_python("host_view") : INTERNAL("no memory")) : check_view(view, nbytes);
+  error = view ? take_view(PyTuple_GetItem(pair, 1), nbytes, view) : INTERNAL("no memory for a view");
   if (error) {
-    if (!failed) PyBuffer_Release(view);
     free(view);
     Py_DECREF(pair);
     return error;

@@ -342,7 +342,7 @@ PJRT_Error* Device_MemoryStats(PJRT_Device_MemoryStats_Args* args) {
                                             : NULL;
   if (!error) {
     int64_t value;
-    if (number_at(dict, "bytes_in_use", &value)) args->bytes_in_use = value;
+    if (HAS_FIELD(args, bytes_in_use) && number_at(dict, "bytes_in_use", &value)) args->bytes_in_use = value;
 #define STAT(field)                                                                                     \
   if (HAS_FIELD(args, field##_is_set) && (args->field##_is_set = number_at(dict, #field, &value))) \
     args->field = value;

@@ -6,11 +6,10 @@ donates its first parameter. Sines of the value 666 fail when they are evaluated
 """
 
 import atexit
-import importlib
+import importlib.util
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def load_shim():
     """jax_mps._shim, without running jax_mps/__init__.py."""
-    package = types.ModuleType("jax_mps")
-    package.__path__ = [str(ROOT / "jax_mps")]
-    sys.modules["jax_mps"] = package
-    return importlib.import_module("jax_mps._shim")
+    (path,) = (ROOT / "jax_mps").glob("_shim*.so")
+    spec = importlib.util.spec_from_file_location("jax_mps._shim", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 _shim = load_shim()
