@@ -47,13 +47,43 @@ def initialize_lapack() -> None:
     import jax._src.lax.linalg  # noqa: F401
     from jaxlib import lapack
 
-    lapack._lapack.initialize()
+    module: Any = lapack
+    module._lapack.initialize()
 
 
 def cpu_call_targets() -> frozenset[str]:
     """Custom-call targets registered with XLA's CPU compiler now, those of `jax.ffi` included."""
     found = xla_client()._xla.custom_call_targets("Host")
     return frozenset(name.decode() if isinstance(name, bytes) else name for name in found)
+
+
+def put_on_mps(value: Any) -> Any:
+    """A NumPy array as a JAX array on mps; its dtype is kept whatever the x64 flag says, its memory handed over as it is."""
+    import jax
+
+    device = jax.devices(PLATFORM)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return xla_client()._xla.batched_device_put(shaped_array(value.shape, value.dtype), sharding, [value], [device], enable_x64=True)
+
+
+def fingerprint(compiled: Any) -> str:
+    """The fingerprint that the plugin gave the executable of a `jax.stages.Compiled`, in hexadecimal.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        found = compiled.runtime_executable().fingerprint
+    except AttributeError as error:
+        raise TypeError(f"expected what jax.jit(f).lower(...).compile() returns, got {type(compiled).__name__}") from error
+    return bytes(found or b"").hex()
+
+
+def jax_config() -> Any:
+    """JAX's configuration; its flags are attributes that type checkers do not see."""
+    import jax
+
+    return jax.config
 
 
 def stablehlo_versions() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,10 +159,8 @@ def _nonexperimental() -> None:
 @_feature("cpu beside mps", _before)
 def _cpu_beside() -> None:
     """JAX_PLATFORMS=mps is enough: callbacks put their arguments on JAX's cpu devices. The default stays mps."""
-    import jax
-
-    if jax.config.jax_platforms == PLATFORM:
-        jax.config.update("jax_platforms", f"{PLATFORM},cpu")
+    if jax_config().jax_platforms == PLATFORM:
+        jax_config().update("jax_platforms", f"{PLATFORM},cpu")
 
 
 @_feature("donation", _after)
@@ -265,14 +293,13 @@ def _emit(
         given = {"has_side_effect": has_side_effect, "returns_token": returns_token, **options}
         return original(ctx, callback, token, operands, operand_avals, result_avals, **given)  # type: ignore[no-any-return]
 
-    import jax
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
 
     from jax_mps.calls import callbacks
 
     types = [_tensor_type(aval) for aval in result_avals]
-    entry = callbacks.register(callback, types, narrow=not jax.config.jax_enable_x64)
+    entry = callbacks.register(callback, types, narrow=not jax_config().jax_enable_x64)
     ctx.module_context.add_keepalive(entry)
     tokens = [token] if token is not None else []
     call = stablehlo.CustomCallOp(

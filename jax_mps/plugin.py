@@ -6,10 +6,12 @@ others only, nothing is imported and nothing registered.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
 import sys
+from typing import Any
 
 from jax_mps.errors import JaxMpsError
 
@@ -26,11 +28,9 @@ class _Unusable(Exception):
 
 def initialize() -> None:
     """Register the platform, once. Called by JAX before it makes its first backend."""
-    import jax
-
     from jax_mps import compat
 
-    chosen = jax.config.jax_platforms
+    chosen = compat.jax_config().jax_platforms
     if chosen and compat.PLATFORM not in chosen.split(","):
         log.debug("jax_platforms is %r: mps is not registered", chosen)
         return
@@ -61,7 +61,7 @@ def _refuse_another_plugin() -> None:
 
 def _require_mlx() -> None:
     try:
-        import mlx.core as mx
+        mx: Any = importlib.import_module("mlx.core")
     except ImportError as error:
         extra = "; on Linux, install jax-mps-mlx[cpu] or jax-mps-mlx[cuda], which bring MLX's library" if sys.platform == "linux" else ""
         raise _Unusable(f"MLX cannot be imported ({error}){extra}.") from error

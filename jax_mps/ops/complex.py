@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 
 from jax_mps.ops.bits import constant as const
 from jax_mps.ops.registry import elementwise
-
-F32 = mx.float32
+from jax_mps.ops.target import device_kind
 
 
 def complex_(re: mx.array, im: mx.array) -> mx.array:
@@ -26,11 +27,34 @@ def imag(x: mx.array) -> mx.array:
 
 
 def abs_(x: mx.array) -> mx.array:
-    return mx.abs(x)
+    """Metal's kernel squares and overflows at 1.8e19 (mlx#4344); elsewhere MLX calls hypot."""
+    return _abs_scaled(x) if device_kind() == "metal" else mx.abs(x)
+
+
+def _abs_scaled(x: mx.array) -> mx.array:
+    re, im = mx.abs(mx.real(x)), mx.abs(mx.imag(x))
+    high, low = mx.maximum(re, im), mx.minimum(re, im)
+    ratio = low / high
+    plain = (high == 0) | (high == math.inf)
+    return mx.where(plain, high, high * mx.sqrt(1 + ratio * ratio))
 
 
 def divide(a: mx.array, b: mx.array) -> mx.array:
-    return mx.divide(a, b)
+    """Metal's kernel squares the divisor's parts; elsewhere MLX divides as C does."""
+    return _divide_scaled(a, b) if device_kind() == "metal" else mx.divide(a, b)
+
+
+def _divide_scaled(a: mx.array, b: mx.array) -> mx.array:
+    """Scales the divisor to 1 first. By zero it is the dividend times infinity, by infinity zero, as in C's annex G."""
+    ar, ai, br, bi = mx.real(a), mx.imag(a), mx.real(b), mx.imag(b)
+    size = mx.maximum(mx.abs(br), mx.abs(bi))
+    infinite = size == math.inf
+    scale = mx.where(infinite | (size == 0), 1.0, size)
+    p, q = mx.where(infinite, 0.0, br / scale), mx.where(infinite, 0.0, bi / scale)
+    norm = mx.where(infinite, math.inf, p * p + q * q)
+    re = mx.where(size == 0, ar / br, (ar * p + ai * q) / norm / scale)
+    im = mx.where(size == 0, ai / br, (ai * p - ar * q) / norm / scale)
+    return complex_(re, im)
 
 
 def power(a: mx.array, b: mx.array) -> mx.array:
@@ -38,7 +62,9 @@ def power(a: mx.array, b: mx.array) -> mx.array:
 
 
 def sign(x: mx.array) -> mx.array:
-    return mx.sign(x)
+    """x / |x|, part by part; 0 is itself."""
+    m = abs_(x)
+    return mx.where(m == 0, x, complex_(mx.real(x) / m, mx.imag(x) / m))
 
 
 def sqrt(x: mx.array) -> mx.array:
@@ -46,7 +72,7 @@ def sqrt(x: mx.array) -> mx.array:
 
 
 def rsqrt(x: mx.array) -> mx.array:
-    return mx.divide(const(1, mx.complex64), mx.sqrt(x))
+    return divide(const(1, mx.complex64), mx.sqrt(x))
 
 
 def exponential(x: mx.array) -> mx.array:
@@ -54,7 +80,12 @@ def exponential(x: mx.array) -> mx.array:
 
 
 def expm1(x: mx.array) -> mx.array:
-    return mx.exp(x) - const(1, mx.complex64)
+    """exp(re) cos(im) - 1, without cancellation where both parts are small."""
+    re, im = mx.real(x), mx.imag(x)
+    half = mx.sin(im * 0.5)
+    m = mx.expm1(re)
+    imaginary = mx.where(im == 0, im, (m + 1) * mx.sin(im))
+    return complex_(mx.where(im == 0, m, m * mx.cos(im) - 2 * half * half), imaginary)
 
 
 def log(x: mx.array) -> mx.array:
@@ -62,12 +93,16 @@ def log(x: mx.array) -> mx.array:
 
 
 def log1p(x: mx.array) -> mx.array:
-    return mx.log(x + const(1, mx.complex64))
+    """log|1 + x| by log1p of |1 + x|^2 - 1 where x is small."""
+    re, im = mx.real(x), mx.imag(x)
+    near = 0.5 * mx.log1p(re * (2 + re) + im * im)
+    far = mx.log(abs_(complex_(1 + re, im)))
+    return complex_(mx.where(mx.maximum(mx.abs(re), mx.abs(im)) < 0.5, near, far), mx.arctan2(im, 1 + re))
 
 
 def logistic(x: mx.array) -> mx.array:
     one = const(1, mx.complex64)
-    return one / (one + mx.exp(-x))
+    return divide(one, one + mx.exp(-x))
 
 
 def tanh(x: mx.array) -> mx.array:

@@ -115,19 +115,16 @@ def is_finite(x: mx.array) -> mx.array:
 # ---- exponentials --------------------------------------------------------------------------------------------------------------
 
 
-def _in_float32(x: mx.array) -> mx.array:
-    return x if x.dtype == mx.float32 else x.astype(mx.float32)
-
-
 def exponential(x: mx.array) -> mx.array:
     return complex_.exponential(x) if x.dtype == mx.complex64 else exp(x)
 
 
 def exp(x: mx.array) -> mx.array:
-    """MLX's own on GPU and for half types; its float32 kernel on CPU is 63 ulp off (MLX 0.32.4, mlx#1341)."""
-    if x.dtype != mx.float32 or device_kind() != "cpu":
+    """MLX's own on GPU; its float32 kernel on CPU is 63 ulp off (mlx#1341) and infinite from 88.38 on (MLX 0.32.4)."""
+    if x.dtype == mx.float16 or device_kind() != "cpu":
         return mx.exp(x)
-    return _exp_by_expm1(x) if x.size < _SMALL else _exp_by_powers(x)
+    f = x.astype(mx.float32)
+    return (_exp_by_expm1(f) if x.size < _SMALL else _exp_by_powers(f)).astype(x.dtype)
 
 
 _SMALL = 8192  # below, the number of MLX ops costs more than what they do
@@ -159,7 +156,7 @@ def _exp_by_powers(x: mx.array) -> mx.array:
 
 def cbrt(x: mx.array) -> mx.array:
     """A power and one step of Newton's; x / y / y cannot overflow, y * y * y could."""
-    m = mx.abs(_in_float32(x))
+    m = mx.abs(x.astype(mx.float32))
     y = mx.power(m, const(1 / 3, mx.float32))
     better = y - (y - m / y / y) * const(1 / 3, mx.float32)
     y = mx.where((m > const(0, mx.float32)) & (m < const(math.inf, mx.float32)), better, y).astype(x.dtype)
@@ -169,9 +166,13 @@ def cbrt(x: mx.array) -> mx.array:
 def logistic(x: mx.array) -> mx.array:
     if x.dtype == mx.complex64:
         return complex_.logistic(x)
-    if x.dtype != mx.float32 or device_kind() != "cpu":
-        return mx.sigmoid(x)
-    return 1.0 / (1.0 + exp(-x))
+    f = x.astype(mx.float32)  # half types' own kernels round twice
+    y = 1.0 / (1.0 + exp(-f)) if device_kind() == "cpu" else mx.sigmoid(f)
+    return y.astype(x.dtype)
+
+
+def rsqrt(x: mx.array) -> mx.array:
+    return mx.rsqrt(x.astype(mx.float32)).astype(x.dtype)  # as for logistic
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ elementwise(
         "stablehlo.is_finite": is_finite,
         "stablehlo.cbrt": cbrt,
         "stablehlo.sqrt": _real_or_complex(mx.sqrt, complex_.sqrt),
-        "stablehlo.rsqrt": _real_or_complex(mx.rsqrt, complex_.rsqrt),
+        "stablehlo.rsqrt": _real_or_complex(rsqrt, complex_.rsqrt),
         "stablehlo.exponential": exponential,
         "stablehlo.exponential_minus_one": _real_or_complex(mx.expm1, complex_.expm1),
         "stablehlo.log": _real_or_complex(mx.log, complex_.log),
@@ -258,7 +259,7 @@ def convert_to(x: mx.array, target: str) -> mx.array:
     if target == "bool":
         return mx.not_equal(x, const(0, x.dtype))
     if is_float(x) and not target.startswith(("float", "bfloat", "complex")):
-        return _float_to_integer(_in_float32(x), MX[target], BITS[target], target.startswith("int"))
+        return _float_to_integer(x.astype(mx.float32), MX[target], BITS[target], target.startswith("int"))
     return x.astype(MX[target])
 
 

@@ -1,0 +1,10 @@
+"""All tests run with mps as JAX's platform and a cache folder of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before jax is imported by any test module: both platforms, so that XLA's CPU backend is the reference.
+os.environ["JAX_PLATFORMS"] = "mps,cpu"
+os.environ.setdefault("JAX_MPS_CACHE_DIR", tempfile.mkdtemp(prefix="jax-mps-test-"))

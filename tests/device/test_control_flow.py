@@ -1,0 +1,74 @@
+"""Loops and branches as segments, against XLA's CPU backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+X = np.arange(6, dtype=np.float32)
+
+ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "counted": (lambda x: lax.fori_loop(0, 1000, lambda i, c: c * 0.999 + i, x), (X,)),
+    "counted, bound given": (lambda x, n: lax.fori_loop(0, n, lambda i, c: c * 0.999 + i, x), (X, np.int32(77))),
+    "counted, from a given start": (lambda x, a, b: lax.fori_loop(a, b, lambda i, c: c + i, x), (X, np.int32(-5), np.int32(900))),
+    "counted, never": (lambda x, n: lax.fori_loop(0, n, lambda i, c: c + i, x), (X, np.int32(-3))),
+    "counted, unrolled": (lambda x: lax.fori_loop(0, 7, lambda i, c: jnp.sin(c) + i, x), (X,)),
+    "counting down by two": (lambda x: lax.while_loop(lambda c: c[0] > 3, lambda c: (c[0] - 2, c[1] + c[0]), (1001, x)), (X,)),
+    "counter at most": (lambda x: lax.while_loop(lambda c: c[0] <= 600, lambda c: (c[0] + 7, c[1] + c[0]), (0, x)), (X,)),
+    "bound on the left": (lambda x: lax.while_loop(lambda c: 600 > c[0], lambda c: (c[0] + 7, c[1] + c[0]), (0, x)), (X,)),
+    "counter of 8 bits that wraps": (
+        lambda x: lax.while_loop(lambda c: (c[0] < 100) & (c[1].sum() < 1e5), lambda c: (c[0] + jnp.int8(7), c[1] + 1), (jnp.int8(0), x)),
+        (X,),
+    ),
+    "data-dependent": (lambda x: lax.while_loop(lambda c: c.sum() < 1e4, lambda c: c * 1.1 + 1, x), (X,)),
+    "data-dependent, never": (lambda x: lax.while_loop(lambda c: c.sum() < 0, lambda c: c * 1.1 + 1, x), (X,)),
+    "scan": (lambda x: lax.scan(lambda c, a: (c * 0.9 + a * x.sum(), jnp.tanh(c)), x[0], jnp.arange(300.0)), (X,)),
+    "scan, reversed, no carry": (lambda x: lax.scan(lambda c, a: (c, a * x), None, jnp.arange(100.0), reverse=True), (X,)),
+    "scan of length 0": (lambda x: lax.scan(lambda c, a: (c + a, c), x[0], jnp.zeros((0,))), (X,)),
+    "swapped carries": (lambda x: lax.fori_loop(0, 1001, lambda i, c: (c[1], c[0]), (x, x + 1)), (X,)),
+    "carry of no size": (lambda x: lax.fori_loop(0, 600, lambda i, c: (c[0], c[1] + 1), (jnp.zeros((0, 3)), x)), (X,)),
+    "cond": (lambda x: lax.cond(x.sum() > 3, lambda v: jnp.sin(v) @ jnp.cos(v) * x, lambda v: v * 2, x), (X,)),
+    "cond, small": (lambda x: lax.cond(x.sum() < 3, lambda v: v + 1, lambda v: v * 2, x), (X,)),
+    "switch past the end": (
+        lambda x, i: lax.switch(i, [lambda v: v + 1, lambda v: v * jnp.arange(6.0), lambda v: jnp.tanh(v) @ v * v + jnp.sin(v) - v.mean()], x),
+        (X, np.int32(9)),
+    ),
+    "branch that returns its argument": (
+        lambda x, i: lax.switch(i, [lambda v: (v, x), lambda v: (jnp.cumsum(v) @ v + v * jnp.sort(v) - v.max(), v)], x),
+        (X, np.int32(0)),
+    ),
+    "loop in a branch in a loop": (
+        lambda x: lax.fori_loop(
+            0, 50, lambda i, c: lax.cond(i % 2 == 0, lambda v: lax.fori_loop(0, 40, lambda j, w: w * 0.99 + j * x, v), lambda v: v - i, c), x
+        ),
+        (X,),
+    ),
+    "captures across two levels": (
+        lambda x: lax.scan(lambda c, a: (lax.while_loop(lambda s: s.sum() < a * 30, lambda s: s + x + a, c), c), x, jnp.arange(1.0, 9.0)),
+        (X,),
+    ),
+    "gradient of a scan": (jax.grad(lambda x: lax.scan(lambda c, a: (jnp.sin(c) * a + x, c.sum()), x, jnp.arange(60.0))[1].sum()), (X,)),
+    "vmap of a while": (jax.vmap(lambda v: lax.while_loop(lambda c: c < 50, lambda c: c * 1.5 + 1, v)), (X,)),
+    "associative scan": (lambda x: lax.associative_scan(jnp.multiply, x + 0.5), (X,)),
+    "constants as results": (lambda x: lax.fori_loop(0, 600, lambda i, c: (jnp.float32(3), c[0] + x), (jnp.float32(1), x)), (X,)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_control_flow(name: str) -> None:
+    f, args = ROWS[name]
+    got = jax.tree.leaves(jax.jit(f)(*args))
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = jax.tree.leaves(jax.jit(f)(*args))
+    assert len(got) == len(want)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.devices() == {jax.devices("mps")[0]}
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        # a thousand steps of float32: each rounds as it likes
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-5, atol=1e-5)

@@ -1,0 +1,155 @@
+"""The second process: no translation, no export, no MLIR; and what is and is not a hit."""
+
+from __future__ import annotations
+
+import shutil
+
+from pathlib import Path
+
+import pytest
+from device.programs import PRELUDE, Ran, finish, run, start
+
+import jax_mps
+
+MLP = """
+def loss(p, x):
+    for w in p: x = jnp.tanh(x @ w)
+    return (x ** 2).mean()
+
+@jax.jit
+def step(p, x):
+    l, g = jax.value_and_grad(loss)(p, x)
+    return l, [a - 0.1 * b for a, b in zip(p, g)]
+
+x = np.linspace(-1, 1, 32, dtype="float32").reshape(4, 8)
+p = [np.full((8, 8), 0.1 * (i + 1), "float32") for i in range(3)]
+for _ in range(3):
+    l, p = step(p, x)
+report(loss=float(l))
+"""
+
+# A while inside a scan inside a cond, a Host step in the innermost body, captured values at every depth.
+NESTED = """
+k = np.arange(6, dtype="float32")
+
+def host_step(y):  # a comparator that no table of ours knows, so that the sort runs on the host
+    return lax.sort((jnp.sin(y), y), num_keys=1)[1] + jnp.linalg.cholesky(jnp.eye(6) * (2 + y[0] ** 2))[0]
+
+@jax.jit
+def program(x, n):
+    outer = x * 2
+    def taken(v):
+        def body(c, a):
+            def step(s):
+                i, y = s
+                return i + 1, host_step(y + jnp.sin(outer) * a + k)
+            i, y = lax.while_loop(lambda s: (s[0] < 5) & (s[1].sum() < 1e3), step, (0, c))
+            return y, y.sum() + i
+        return lax.scan(body, v, jnp.arange(20.0) + n)
+    return lax.cond(n > 0, taken, lambda v: (v, jnp.zeros(20)), x)
+
+y, ys = program(k, np.float32(1))
+z, zs = program(k, np.float32(-1))
+report(y=np.asarray(y).tolist(), ys=np.asarray(ys).tolist(), z=np.asarray(z).tolist())
+"""
+
+
+def test_second_process_translates_nothing(tmp_path: Path) -> None:
+    """A train step is read back from disk by its raw bytes, and gives the same loss."""
+    cold = run(MLP, tmp_path)
+    warm = run(MLP, tmp_path, NO_TRANSLATION="nor MLIR")
+    assert cold.stats["translations"] == cold.stats["disk_misses"] > 0
+    assert warm.stats["translations"] == warm.stats["exports"] == 0
+    assert warm.stats["disk_hits"] == warm.stats["alias_hits"] == cold.stats["translations"]
+    assert warm.report["loss"] == cold.report["loss"]
+
+
+def test_warm_start_imports_no_translator(tmp_path: Path) -> None:
+    """A warm start imports neither the translator nor any lowering."""
+    source = MLP + 'print("MODULES", sorted(m for m in sys.modules if m.startswith(("jax_mps.plan.build", "jax_mps.ops.", "jax_mps.rewrites."))))'
+    run(source, tmp_path)
+    warm = run(source, tmp_path)
+    (line,) = [line for line in warm.output.splitlines() if line.startswith("MODULES")]
+    assert line == "MODULES ['jax_mps.ops.dtypes']"
+
+
+def test_nested_control_flow_cold_and_warm(tmp_path: Path) -> None:
+    """A while in a scan in a cond with a host step inside: right cold, warm, and as XLA's CPU backend has it."""
+    cold = run(NESTED, tmp_path)
+    warm = run(NESTED, tmp_path, NO_TRANSLATION="nor MLIR")
+    reference = finish(start(NESTED, tmp_path, JAX_PLATFORMS="cpu"))
+    assert cold.stats["host_segments"] > 0
+    for name in ("y", "ys", "z"):
+        assert cold.report[name] == warm.report[name]
+        assert cold.report[name] == pytest.approx(reference.report[name], rel=1e-5)
+
+
+def test_moved_and_renamed_function_is_a_hit(tmp_path: Path) -> None:
+    """Lines, file and function name are not part of a program."""
+    run(MLP, tmp_path)
+    moved = run("#\n" * 5 + MLP.replace("step", "another_step").replace("def loss", "\n\ndef loss"), tmp_path, NO_TRANSLATION="1")
+    assert moved.stats["translations"] == 0
+    assert moved.stats["disk_hits"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "environment"),
+    [(("0.1 *", "0.2 *"), {}), (("tanh", "sin"), {}), (("", ""), {"JAX_MPS_HOST": "error"})],
+    ids=["a constant", "an op", "an option"],
+)
+def test_what_changes_the_result_is_a_miss(tmp_path: Path, change: tuple[str, str], environment: dict[str, str]) -> None:
+    run(MLP, tmp_path)
+    other = run(MLP.replace("0.1 * b", "0.2 * b") if change[0] == "0.1 *" else MLP.replace(*change), tmp_path, **environment)
+    assert other.stats["translations"] > 0
+
+
+def test_edited_lowering_is_a_miss(tmp_path: Path) -> None:
+    """A fixed lowering never serves yesterday's program."""
+    copy = tmp_path / "copy"
+    package = Path(jax_mps.__file__).parent
+    shutil.copytree(package, copy / "jax_mps", symlinks=False, ignore=shutil.ignore_patterns("__pycache__"))
+    prelude = f"import sys; sys.path.insert(0, {str(copy)!r})\n" + PRELUDE
+
+    def once() -> Ran:
+        return finish(start(MLP, tmp_path / "cache", prelude=prelude))
+
+    assert once().stats["translations"] > 0
+    assert once().stats["translations"] == 0
+    with (copy / "jax_mps" / "ops" / "elementwise.py").open("a") as source:
+        source.write("# a fix\n")
+    assert once().stats["translations"] > 0
+
+
+def test_two_processes_on_an_empty_cache(tmp_path: Path) -> None:
+    """Both succeed, and leave a cache that a third reads whole."""
+    processes = [start(MLP, tmp_path) for _ in range(2)]
+    losses = {finish(p).report["loss"] for p in processes}
+    third = run(MLP, tmp_path, NO_TRANSLATION="nor MLIR")
+    assert losses == {third.report["loss"]}
+
+
+def test_kill_in_mid_write_leaves_a_usable_cache(tmp_path: Path) -> None:
+    """SIGKILL while the writer works: the next process runs, and finds or makes every entry."""
+    kill = MLP + "import signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run(kill, tmp_path, check=False).code == -9
+    after = run(MLP, tmp_path)
+    assert run(MLP, tmp_path, NO_TRANSLATION="nor MLIR").report["loss"] == after.report["loss"]
+
+
+def test_cache_off(tmp_path: Path) -> None:
+    """JAX_MPS_CACHE=0: nothing is written, everything runs."""
+    ran = run(MLP, tmp_path / "cache", JAX_MPS_CACHE="0")
+    assert ran.stats["translations"] > 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unusable_folder_costs_only_the_cache(tmp_path: Path) -> None:
+    """A folder that anyone may write to is refused with one line; the program runs."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    ran = run(MLP, folder)
+    assert ran.report["loss"] > 0
+    assert list(folder.iterdir()) == []
+
+
