@@ -39,6 +39,7 @@ DEFAULT_MAX_BYTES = 5 << 30
 GRACE = 3600  # seconds: how exact recency is, and how long an unreferenced or temporary file is left alone
 _HEAD = 1 << 14  # bytes read to list an entry; nearly every header fits
 _FIRST = 1 << 18  # bytes read before a file's own statement of its size is believed; an alias is smaller
+_TRASH = ".trash-"  # what `clear` has taken away and is removing
 _MOST = 1 << 31  # bytes of an entry; more is no translated program
 
 _Write = Callable[[], int]
@@ -211,6 +212,8 @@ class Store:
             with suppress(OSError, Damaged):
                 if _is_stale(info) and _read_alias(path).digest not in present:
                     doomed.append(path)
+        if not self._closed():
+            self._empty_trash()  # of a `clear` that was interrupted
         return sum(map(remove, doomed))
 
     def verify(self, *, repair: bool = False) -> list[Problem]:
@@ -230,16 +233,12 @@ class Store:
         Raises Refused if the folder is not ours, OSError if it cannot be changed.
         """
         self.require_ours()
-        import shutil  # here and below: 5 ms that most processes never need
-
         freed = sum(u.blocks for u in self.usage().values()) * eviction.BLOCK
         self._readable = self._writable = False
         for name in os.listdir(self.root):
             if name.isdigit():
-                os.rename(self.root / name, self.root / f".trash-{_unique()}")
-        for name in os.listdir(self.root):
-            if name.startswith(".trash-"):
-                shutil.rmtree(self.root / name, ignore_errors=True)
+                os.rename(self.root / name, self.root / f"{_TRASH}{_unique()}")
+        self._empty_trash()
         return freed
 
     def require_ours(self) -> None:
@@ -407,6 +406,14 @@ class Store:
         level = logging.DEBUG if once in self._said or len(self._said) > 20 else logging.WARNING
         self._said.add(once)
         log.log(level, text, *args)
+
+    def _empty_trash(self) -> None:
+        import shutil  # here: 5 ms that most processes never need
+
+        with suppress(OSError):
+            for name in os.listdir(self.root):
+                if name.startswith(_TRASH):
+                    shutil.rmtree(self.root / name, ignore_errors=True)
 
     def _complete_entries(self) -> tuple[list[Listing], list[str]]:
         complete, incomplete = [], []

@@ -193,6 +193,17 @@ def test_clear_empties_and_the_store_goes_on(store: Store, folder: Path) -> None
     assert programs.get(store, 1) is not None
 
 
+def test_an_interrupted_clear_is_finished_later(store: Store, folder: Path) -> None:
+    """What it had taken away is found by nobody, and removed by the next clear or collect."""
+    for finish in (store.collect, store.clear):
+        programs.put(store, 1)
+        (folder / "1").rename(folder / ".trash-1-ab")
+        assert programs.get(store, 1) is None
+        assert programs.put(store, 2)
+        finish()
+        assert not (folder / ".trash-1-ab").exists()
+
+
 def fail(number: int) -> Callable[..., None]:
     """A system call that fails."""
 
