@@ -6,6 +6,7 @@ MLX multiplies no integers, and on CPU half types only slowly; CUDA rounds float
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -46,18 +47,18 @@ def _floating(a: mx.array, b: mx.array, dtype: str, precise: bool) -> mx.array:
         return mx.matmul(a, b)  # float32 accumulators
     exact = a.dtype in _HALVES and b.dtype in _HALVES  # their values are exact in TF32
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    wide = _split(a, b) if precise and kind == "cuda" and not exact else mx.matmul(a, b)
+    wide = split(mx.matmul, a, b) if precise and kind == "cuda" and not exact else mx.matmul(a, b)
     return wide.astype(MX[dtype])
 
 
 _HALVES = (mx.float16, mx.bfloat16)
 
 
-def _split(a: mx.array, b: mx.array) -> mx.array:
+def split(multiply: Callable[[mx.array, mx.array], mx.array], a: mx.array, b: mx.array) -> mx.array:
     """A float32 product of TF32 products: high and low parts, but for low times low. Infinities and NaNs stay in the high parts."""
     (a_high, a_finite, a_low), (b_high, b_finite, b_low) = _halves(a), _halves(b)
-    cross = mx.matmul(a_finite, b_low) + mx.matmul(a_low, b_finite)
-    return mx.matmul(a_high, b_high) + cross
+    cross = multiply(a_finite, b_low) + multiply(a_low, b_finite)
+    return multiply(a_high, b_high) + cross
 
 
 def _halves(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

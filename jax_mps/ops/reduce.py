@@ -65,7 +65,7 @@ def _boolean(name: str) -> str:
     return {"add": "any", "or": "any", "maximum": "any", "multiply": "all", "and": "all", "minimum": "all", "xor": "odd"}[name]
 
 
-def _sum(x: mx.array, axes: Sequence[int]) -> mx.array:
+def sum_of(x: mx.array, axes: Sequence[int]) -> mx.array:
     if x.dtype in (mx.float16, mx.bfloat16):
         x = x.astype(mx.float32)
     if device_kind() != "cpu" or x.dtype not in (mx.float32, mx.complex64) or math.prod(x.shape[d] for d in axes) <= _RUN:
@@ -99,7 +99,7 @@ def _product(x: mx.array, axes: Sequence[int]) -> mx.array:
 
 
 _FOLDS: dict[str, Callable[[mx.array, Sequence[int]], mx.array]] = {
-    "add": _sum,
+    "add": sum_of,
     "multiply": _product,
     "maximum": lambda x, axes: mx.max(x, axis=axes),
     "minimum": lambda x, axes: mx.min(x, axis=axes),
@@ -212,8 +212,8 @@ def batch_norm_training(op: Step) -> Run:
 
     def run(x: mx.array, scale: mx.array, offset: mx.array) -> Sequence[mx.array]:
         x, scale, offset = _wide(x, scale, offset)
-        mean = _sum(x, axes) / count
-        variance = _sum(mx.square(x - mean.reshape(spread)), axes) / count
+        mean = sum_of(x, axes) / count
+        variance = sum_of(mx.square(x - mean.reshape(spread)), axes) / count
         outputs = (_scaled(x, scale, offset, mean, variance, spread, epsilon), mean, variance)
         return [a.astype(dtype) for a in outputs]
 
@@ -229,8 +229,8 @@ def batch_norm_grad(op: Step) -> Run:
         x, scale, mean, variance, grad = _wide(x, scale, mean, variance, grad)
         inverse = mx.rsqrt(variance + epsilon)
         normal = (x - mean.reshape(spread)) * inverse.reshape(spread)
-        grad_offset = _sum(grad, axes)
-        grad_scale = _sum(grad * normal, axes)
+        grad_offset = sum_of(grad, axes)
+        grad_scale = sum_of(grad * normal, axes)
         inner = grad - (grad_offset / count).reshape(spread) - normal * (grad_scale / count).reshape(spread)
         outputs = ((scale * inverse).reshape(spread) * inner, grad_scale, grad_offset)
         return [a.astype(dtype) for a in outputs]
