@@ -228,8 +228,7 @@ def warm(options: argparse.Namespace) -> Answer:
     if not command:
         return Answer({"error": "usage"}, ["Name a script to run."], code=USAGE)
     before = store.usage()["entries"].files
-    environment = {"JAX_PLATFORMS": "mps"} | os.environ | {"JAX_MPS_CACHE_DIR": str(store.root)}
-    code = _run_with_progress([sys.executable, *command], environment, lambda: store.usage()["entries"].files - before)
+    code = _run_with_progress([sys.executable, *command], _environment(store), lambda: store.usage()["entries"].files - before)
     added = store.usage()["entries"].files - before
     return Answer({"added": added, "exit_code": code}, [f"{added} programs added to {store.root}"], code=code)
 
@@ -367,6 +366,12 @@ def _agreed(question: str) -> bool:
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _environment(store: Store) -> dict[str, str]:
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    platforms = asked if "mps" in asked.split(",") else "mps"
+    return {**os.environ, "JAX_PLATFORMS": platforms, "JAX_MPS_CACHE": "1", "JAX_MPS_CACHE_DIR": str(store.root)}
 
 
 def _run_with_progress(command: Sequence[str], environment: dict[str, str], added: Callable[[], int]) -> int:

@@ -247,6 +247,7 @@ Store().put(key(("module", sys.argv[1])), {}, {}, {})
 sys.exit(int(sys.argv[2]))
 """)
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert said("cache", "warm", "--json", script, "a", 0) == (0, {"added": 1, "exit_code": 0})
     assert said("cache", "warm", script, "b", 7)[0] == 7
     assert said("cache", "warm")[0] == 2

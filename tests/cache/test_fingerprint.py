@@ -61,42 +61,56 @@ def package(tmp_path: Path) -> Path:
     return tmp_path / "pkg"
 
 
-def test_translator_digest_sees_an_edit_in_the_same_process(package: Path) -> None:
-    """A fixed lowering is another translator at once, and undoing the fix is the old one again."""
-    before = translator_digest(package)
+def next_process(package: Path) -> str:
+    """The digest as another process would take it."""
+    translator_digest.cache_clear()
+    return translator_digest(package)
+
+
+def test_translator_digest_sees_an_edit(package: Path) -> None:
+    """A fixed lowering is another translator, and undoing the fix is the old one again; also with size and time unchanged."""
+    before = next_process(package)
     dot = package / "ops" / "deep" / "dot.py"
-    text = dot.read_text()
-    dot.write_text("# fixed and longer")
-    assert translator_digest(package) != before
+    text, info = dot.read_text(), dot.stat()
+    dot.write_text(text.upper())
+    os.utime(dot, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert next_process(package) != before
     dot.write_text(text)
+    assert next_process(package) == before
+
+
+def test_a_process_keeps_its_translator(package: Path) -> None:
+    """It runs what it has imported: programs that it makes must not be stored as the edited translator's."""
+    before = translator_digest(package)
+    (package / "ops" / "deep" / "dot.py").write_text("# fixed")
     assert translator_digest(package) == before
 
 
 @pytest.mark.parametrize("name", ["ops/new.py", "calls/first.py", "ops/deep/deeper/x.py"])
 def test_translator_digest_sees_new_files(package: Path, name: str) -> None:
     """Also in folders that did not exist."""
-    before = translator_digest(package)
+    before = next_process(package)
     (package / name).parent.mkdir(parents=True, exist_ok=True)
     (package / name).write_text("")
-    assert translator_digest(package) != before
+    assert next_process(package) != before
 
 
 def test_translator_digest_sees_renames_and_swaps(package: Path) -> None:
     """Names count, not only bytes."""
-    before = translator_digest(package)
+    before = next_process(package)
     (package / "plan" / "types.py").rename(package / "plan" / "kinds.py")
-    assert translator_digest(package) != before
+    assert next_process(package) != before
 
 
 def test_translator_digest_ignores_the_rest(package: Path, tmp_path: Path) -> None:
     """Byte code, other folders, times and the place of the package change nothing."""
-    before = translator_digest(package)
+    before = next_process(package)
     (package / "ops" / "__pycache__").mkdir()
     (package / "ops" / "__pycache__" / "dot.pyc").write_bytes(b"x")
     (package / "cli.py").write_text("")
     os.utime(package / "host" / "run.py", (0, 0))
     moved = package.rename(tmp_path / "elsewhere")
-    assert translator_digest(moved) == before
+    assert next_process(moved) == before
 
 
 def test_importing_the_cache_brings_neither_jax_nor_mlx() -> None:
