@@ -11,6 +11,7 @@ from jax_mps import compat, runtime
 from jax_mps._shim import lib
 from jax_mps.ops.dtypes import MX
 from jax_mps.pjrt import buffer
+from jax_mps.plan.segments import host_array
 from jax_mps.plan.show import describe
 from jax_mps.plan.types import numpy_dtype
 
@@ -19,6 +20,8 @@ _NAMES = {dtype: name for name, dtype in MX.items() if name != "token"}
 
 def to_mlx(array: Any) -> Any:
     """See `jax_mps.to_mlx`."""
+    if array.size == 0:  # no memory to find it by
+        return mx.zeros(array.shape, MX[array.dtype.name])
     found: list[Any] = []
     if lib.shim_value_at(array.unsafe_buffer_pointer(), id(found)) == 0:
         raise ValueError(f"no buffer of mps holds this array; it is on {array.devices()}")
@@ -31,15 +34,11 @@ def from_mlx(array: Any) -> Any:
         raise TypeError(f"expected an mlx.core.array of a dtype that MLX has on every device, got {getattr(array, 'dtype', type(array))}")
     runtime.evaluate([array])  # its stream may belong to this thread alone
     if array.size < 2:  # a broadcast stand-in needs two elements to be told from data
-        return compat.put_on_mps(buffer.host_view(array)[0] if array.dtype != mx.bfloat16 else _bits(array))
+        return compat.put_on_mps(host_array(array).copy())
     stand_in = np.zeros((), numpy_dtype(_NAMES[array.dtype]))
     address = stand_in.__array_interface__["data"][0]
     buffer.announce(address, array)
     return compat.put_on_mps(np.broadcast_to(stand_in, tuple(array.shape)))
-
-
-def _bits(array: mx.array) -> Any:
-    return np.array(array.view(mx.uint16)).view(numpy_dtype("bfloat16"))
 
 
 def explain(compiled: Any) -> str:

@@ -154,7 +154,7 @@ class Client:
             program = self.load(canonical)
         if program is None:
             program = self.translate(module, canonical)
-        if not has_callbacks(program):
+        if not (self.uncached or has_callbacks(program)):
             self.writer.submit(lambda: self.store.put_alias(raw, Alias(canonical, name)))
         return program, name
 
@@ -164,7 +164,7 @@ class Client:
         count("disk_misses")
         program, files = translate(module)
         self._programs[canonical.digest] = program
-        if not has_callbacks(program):
+        if not (self.uncached or has_callbacks(program)):
             self.writer.submit(lambda: self.write(canonical, program, files))
         return program
 

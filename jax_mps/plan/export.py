@@ -108,6 +108,18 @@ def export(segment: Traceable, folder: Path) -> Path:
     return path
 
 
+def interpreted(segment: Traceable) -> Callable[..., list[mx.array]]:
+    """The segment as a function that builds its graph op by op at each call: slow, for a process whose first MLX stream is not ours,
+    where an imported function would bind to that stream."""
+    stream = runtime.device().stream
+
+    def call(*arrays: mx.array) -> list[mx.array]:
+        with mx.stream(stream):
+            return segment.function(*arrays)
+
+    return call
+
+
 _stack_size = threading.Lock()
 
 

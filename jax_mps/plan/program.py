@@ -120,12 +120,13 @@ class ExportedFiles:
         self.folder = Path(tempfile.mkdtemp(dir=process_folder()))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True).atexit = False  # the writer may still read
         self.paths: dict[str, Path] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}  # in place of files, where imported functions would not run
         self.artifacts: dict[str, bytes] = {}
         self.constants: dict[str, np.ndarray[Any, Any]] = {}
         self._held: list[_Held] = []
 
     def function(self, name: str) -> Callable[..., Any]:
-        return import_function(self.paths[name])
+        return self.functions[name] if name in self.functions else import_function(self.paths[name])
 
     def artifact(self, name: str) -> bytes:
         return self.artifacts[name]

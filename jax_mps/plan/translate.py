@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
+from jax_mps import runtime
 from jax_mps.config import settings
 from jax_mps.errors import InvalidProgram, Unsupported
 from jax_mps.ops import load_all
@@ -109,8 +110,11 @@ class _Assembler:
     def device(self, draft: Draft) -> segments.Device:
         traceable = export.traceable(draft.steps, draft.reads, draft.writes)
         name = self.name("mlxfn")
-        self.files.paths[name] = export.export(traceable, self.files.folder)
-        count("exports")
+        if runtime.device().first:
+            self.files.paths[name] = export.export(traceable, self.files.folder)
+            count("exports")
+        else:
+            self.files.functions[name] = export.interpreted(traceable)
         for constant in traceable.constants:
             self.files.constants[constant.digest] = constant.value
         constants = tuple((c.digest, segments.TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
