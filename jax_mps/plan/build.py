@@ -21,6 +21,7 @@ from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
 
 log = logging.getLogger(__name__)
 
+Scope = dict[ir.Value, Any]  # an MLIR value: ours, or a tuple of ours, nested as the tuple is
 Claims = Callable[[Step], bool]  # whether some lowering takes a composite whole
 
 _IDENTITIES = frozenset(["sdy.sharding_constraint", "sdy.reshard", "sdy.propagation_barrier"])
@@ -111,7 +112,6 @@ class _Builder:
         self.claims = claims
         self.functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in module.body.operations if op.operation.name == "func.func"}
         self.types: dict[ir.Type, TensorType] = {}
-        self.tuples: dict[ir.Value, tuple[Value, ...]] = {}
 
     def plan(self) -> Plan:
         main = self.functions.get("main") or next(iter(self.functions.values()), None)
@@ -144,7 +144,7 @@ class _Builder:
                 raise InvalidProgram(str(error)) from None
         return known
 
-    def region(self, block: ir.Block, scope: dict[ir.Value, Value]) -> Region:
+    def region(self, block: ir.Block, scope: Scope) -> Region:
         """A block as a region; values of `scope` that it reads are captures."""
         inner = dict(scope)
         arguments = tuple(Value(self.type(a.type)) for a in block.arguments)
@@ -153,7 +153,7 @@ class _Builder:
         results = self.walk(block, inner, steps)
         return Region(arguments, tuple(steps), results)
 
-    def walk(self, block: ir.Block, scope: dict[ir.Value, Value], steps: list[Step]) -> tuple[Value, ...]:
+    def walk(self, block: ir.Block, scope: Scope, steps: list[Step]) -> tuple[Value, ...]:
         for view in block.operations:
             op = view.operation
             if op.name in _RETURNS:
@@ -161,17 +161,11 @@ class _Builder:
             self.visit(op, scope, steps)
         return ()
 
-    def flatten(self, operands: Any, scope: dict[ir.Value, Value]) -> tuple[Value, ...]:
+    def flatten(self, operands: Any, scope: Scope) -> tuple[Value, ...]:
         """Operands as our values, tuples spread into their elements."""
-        found: list[Value] = []
-        for v in operands:
-            if v in self.tuples:
-                found.extend(self.tuples[v])
-            else:
-                found.append(scope[v])
-        return tuple(found)
+        return tuple(leaf for v in operands for leaf in _leaves(scope[v]))
 
-    def visit(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+    def visit(self, op: ir.Operation, scope: Scope, steps: list[Step]) -> None:
         name = op.name
         if name in _IGNORED:
             return
@@ -182,23 +176,22 @@ class _Builder:
         elif name == "stablehlo.composite":
             self.composite(op, scope, steps)
         elif name == "stablehlo.tuple":
-            self.tuples[op.results[0]] = self.flatten(op.operands, scope)
+            scope[op.results[0]] = tuple(scope[v] for v in op.operands)
         elif name == "stablehlo.get_tuple_element":
-            index = ir.IntegerAttr(op.attributes["index"]).value
-            scope[op.results[0]] = self.tuples[op.operands[0]][index]
+            scope[op.results[0]] = scope[op.operands[0]][ir.IntegerAttr(op.attributes["index"]).value]
         elif name == "stablehlo.constant" or name == "arith.constant":
             self.emit(Step("stablehlo.constant", (), (Value(self.type(op.results[0].type)),), {"value": attributes.constant(op)}, text=()), op, scope, steps)
         else:
             self.emit(self.step(op, scope), op, scope, steps)
 
-    def emit(self, step: Step, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+    def emit(self, step: Step, op: ir.Operation, scope: Scope, steps: list[Step]) -> None:
         steps.append(step)
         if len(op.results) == len(step.results):
             scope.update(zip(op.results, step.results, strict=True))
         else:  # one result of tuple type
-            self.tuples[op.results[0]] = step.results
+            scope[op.results[0]] = step.results
 
-    def step(self, op: ir.Operation, scope: dict[ir.Value, Value]) -> Step:
+    def step(self, op: ir.Operation, scope: Scope) -> Step:
         decoded: dict[str, Any] = {}
         text: list[tuple[str, str]] = []
         for name, attribute in _attributes(op):
@@ -222,7 +215,7 @@ class _Builder:
             return [self.type(kind.get_type(i)) for i in range(kind.num_types)]
         return [self.type(r.type) for r in op.results]
 
-    def inline(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+    def inline(self, op: ir.Operation, scope: Scope, steps: list[Step]) -> None:
         """Replace a call (or a manual computation on one device) by the steps of its body."""
         body = op.regions[0].blocks[0] if op.name.startswith("sdy.") else self.function(ir.FlatSymbolRefAttr(op.attributes["callee"]).value)
         inner = dict(zip(body.arguments, self.flatten(op.operands, scope), strict=True))
@@ -234,7 +227,7 @@ class _Builder:
             raise InvalidProgram(f"a call of @{name}, which the module does not define")
         return self.functions[name].regions[0].blocks[0]
 
-    def composite(self, op: ir.Operation, scope: dict[ir.Value, Value], steps: list[Step]) -> None:
+    def composite(self, op: ir.Operation, scope: Scope, steps: list[Step]) -> None:
         body = self.function(ir.FlatSymbolRefAttr(op.attributes["decomposition"]).value)
         operands = self.flatten(op.operands, scope)
         inner: dict[str, Any] = {}
@@ -251,8 +244,36 @@ class _Builder:
         if self.claims(step):
             self.emit(step, op, scope, steps)
             return
+        if step.name == "chlo.scan" and inner.get("is_reverse"):
+            self.reversed_scan(step, body, steps)
+            scope.update(zip(op.results, step.results, strict=True))
+            return
         results = self.walk(body, dict(zip(body.arguments, operands, strict=True)), steps)
         scope.update(zip(op.results, results, strict=True))
+
+    def reversed_scan(self, step: Step, body: ir.Block, steps: list[Step]) -> None:
+        """jaxlib's decomposition of chlo.scan (0.10 to 0.12) forgets `is_reverse`: turn the scanned arrays around before and after."""
+        inputs, outputs = step.operandSegmentSizes[0], step.resultSegmentSizes[0]
+        dimension = (step.dimension,)
+        operands = [_reverse(v, dimension, steps) if i < inputs else v for i, v in enumerate(step.operands)]
+        results = self.walk(body, dict(zip(body.arguments, operands, strict=True)), steps)
+        object.__setattr__(step, "results", tuple(_reverse(v, dimension, steps) if i < outputs else v for i, v in enumerate(results)))
+
+
+def _reverse(value: Value, dimensions: tuple[int, ...], steps: list[Step]) -> Value:
+    """Append a `stablehlo.reverse` of a value."""
+    result = Value(value.type)
+    text = (("dimensions", f"array<i64: {', '.join(map(str, dimensions))}>"),)
+    steps.append(Step("stablehlo.reverse", (value,), (result,), {"dimensions": dimensions}, text=text))
+    return result
+
+
+def _leaves(value: Any) -> Iterator[Value]:
+    if isinstance(value, tuple):
+        for element in value:
+            yield from _leaves(element)
+    else:
+        yield value
 
 
 def _attributes(op: ir.Operation) -> Iterator[tuple[str, ir.Attribute]]:
