@@ -7,7 +7,8 @@ under a key made of named parts, and gives them back whole or not at all. `docs/
 from jax_mps.cache.entry import Alias, Damaged, Entry
 from jax_mps.cache.fingerprint import Key, constant_digest, key, translator_digest
 from jax_mps.cache.paths import FORMAT, Refused
-from jax_mps.cache.store import Listing, Store
+from jax_mps.cache.store import Store
+from jax_mps.cache.stored import Listing
 from jax_mps.cache.writer import Writer
 
 __all__ = [

@@ -67,7 +67,7 @@ def distrust(folder: Path) -> str | None:
         return f"{folder} belongs to user {info.st_uid}, not to the user that runs this program ({os.geteuid()})"
     if info.st_mode & 0o022:
         return f"{folder} can be written by others (mode {stat.S_IMODE(info.st_mode):o}); chmod go-w it"
-    return _distrust_parent(folder.parent)
+    return _distrust_parent(folder.parent) or _distrust_content(folder)
 
 
 def is_tagged(folder: Path) -> bool:
@@ -88,7 +88,7 @@ def prepare(folder: Path) -> str | None:
         _mkdir(folder)
         reason = distrust(folder)
         if reason is None and not is_tagged(folder):
-            reason = _tag(folder)
+            _tag(folder)
     except OSError as error:
         return f"{folder} cannot be used: {error.strerror or error}"
     return reason
@@ -101,18 +101,23 @@ def _distrust_parent(parent: Path) -> str | None:
     return None
 
 
+def _distrust_content(folder: Path) -> str | None:
+    if is_tagged(folder):
+        return None
+    others = set(os.listdir(folder)) - {TAG, CACHEDIR_TAG}
+    if others and not is_tagged(folder):  # asked again: another process may have made it meanwhile
+        return f"{folder} is neither empty nor a jax-mps cache (it has no {TAG})"
+    return None
+
+
 def _mkdir(folder: Path) -> None:
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
 
 
-def _tag(folder: Path) -> str | None:
-    others = set(os.listdir(folder)) - {TAG, CACHEDIR_TAG}
-    if others and not is_tagged(folder):
-        return f"{folder} is neither empty nor a jax-mps cache (it has no {TAG})"
+def _tag(folder: Path) -> None:
     for name, text in ((TAG, _TAG_TEXT), (CACHEDIR_TAG, _CACHEDIR_TEXT)):
         _write_new(folder / name, text)
-    return None
 
 
 def _write_new(path: Path, text: bytes) -> None:

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from jax_mps.cache import eviction, paths
@@ -19,66 +18,41 @@ from jax_mps.cache.entry import (
     Alias,
     Damaged,
     Entry,
-    Header,
     Json,
     decode_alias,
     decode_entry,
-    decode_header,
     encode_alias,
     encode_entry,
-    file_bytes,
-    header_bytes,
     is_digest,
 )
 from jax_mps.cache.files import Buffer, read_whole, remove, touch, write_atomic
 from jax_mps.cache.fingerprint import Key, constant_digest
+from jax_mps.cache.stored import FIRST, MOST, Listing, Problem, check, read_alias, read_entry_file, read_header
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 5 << 30
 GRACE = 3600  # seconds: how exact recency is, and how long an unreferenced or temporary file is left alone
-_HEAD = 1 << 14  # bytes read to list an entry; nearly every header fits
-_FIRST = 1 << 18  # bytes read before a file's own statement of its size is believed; an alias is smaller
 _TRASH = ".trash-"  # what `clear` has taken away and is removing
-_MOST = 1 << 31  # bytes of an entry; more is no translated program
 
 _Write = Callable[[], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """One stored entry as the command line sees it: its verified head, without its blobs."""
-
-    digest: str
-    header: Header
-    used: float  # seconds since the epoch, exact to an hour
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something in the folder that `verify` found wrong."""
-
-    path: str
-    what: str
 
 
 class Store:
     """A cache folder, opened at the first use. No method raises because of the state of the disk."""
 
     def __init__(self, folder: Path | None = None, *, max_bytes: int | None = None) -> None:
-        self._off = "turned off by JAX_MPS_CACHE" if folder is None and paths.turned_off() else None
         root = folder if folder is not None else paths.cache_folder()
-        if root is None and self._off is None:
-            self._off = "there is no home folder to put it in; JAX_MPS_CACHE_DIR can name another"
+        self._off = "turned off by JAX_MPS_CACHE" if folder is None and paths.turned_off() else None
         self.root = Path(os.path.abspath(root)) if root is not None else Path(os.devnull)
         self._at = f"{self.root}/{paths.FORMAT}"
         self._max_bytes = max_bytes if max_bytes is not None else paths.max_bytes_asked()
         self._readable = False
         self._writable = False
         self._said: set[str] = set()
-        self._names = 0
         self.counts = {"hits": 0, "misses": 0}
+        if root is None and self._off is None:
+            self._refuse("there is no home folder to put it in; JAX_MPS_CACHE_DIR can name another")
 
     @property
     def unusable(self) -> str | None:
@@ -110,7 +84,7 @@ class Store:
             return None
         path = self._file("aliases", raw.digest)
         try:
-            data, info = read_whole(path, limit=_FIRST)
+            data, info = read_whole(path, limit=FIRST)
             alias = decode_alias(data, raw.digest)
         except FileNotFoundError:
             return None
@@ -153,7 +127,7 @@ class Store:
         """Every readable entry, in no useful order; damaged ones are left to `verify`."""
         for path, info in self._scan("entries"):
             try:
-                header = _read_header(path)
+                header = read_header(path)
             except (OSError, Damaged):
                 continue
             if header.key.digest == os.path.basename(path):
@@ -163,7 +137,7 @@ class Store:
         """Every readable alias, with the digest of its raw key."""
         for path, _ in self._scan("aliases"):
             try:
-                yield os.path.basename(path), _read_alias(path)
+                yield os.path.basename(path), read_alias(path)
             except (OSError, Damaged):
                 continue
 
@@ -172,14 +146,14 @@ class Store:
         for path, _ in self._scan(kind):
             with suppress(OSError, Damaged):
                 data = read_whole(path)[0]
-                self._check(kind, os.path.basename(path), data)
+                check(kind, os.path.basename(path), data)
                 yield os.path.basename(path), data
 
     def adopt(self, kind: str, digest: str, data: bytes) -> bool:
         """Store bytes that `raw` gave in another place; whether they were. Raises Damaged unless they are good."""
         if kind not in eviction.KINDS or not is_digest(digest):
             raise Damaged(f"{kind}/{digest} is no name of ours")
-        self._check(kind, digest, data)
+        check(kind, digest, data)
         return self._storing(digest, lambda: self._write(kind, digest, [data]))
 
     def usage(self) -> dict[str, eviction.Usage]:
@@ -210,7 +184,7 @@ class Store:
         doomed += [path for path, info in self._scan("constants") if os.path.basename(path) not in used and _is_stale(info)]
         for path, info in self._scan("aliases"):
             with suppress(OSError, Damaged):
-                if _is_stale(info) and _read_alias(path).digest not in present:
+                if _is_stale(info) and read_alias(path).digest not in present:
                     doomed.append(path)
         if not self._closed():
             self._empty_trash()  # of a `clear` that was interrupted
@@ -367,7 +341,7 @@ class Store:
     def _read_entry(self, key: Key) -> Entry | None:
         path = self._file("entries", key.digest)
         try:
-            data, info = _read_entry_file(path)
+            data, info = read_entry_file(path)
             entry = decode_entry(data, self._load_constant)
             if entry.key != key:
                 raise Damaged("it was stored under another key")
@@ -427,25 +401,13 @@ class Store:
     def _problems(self, kind: str) -> Iterator[Problem]:
         for path, info in self._scan(kind):
             try:
-                if info.st_size > _MOST:
+                if info.st_size > MOST:
                     raise Damaged(f"it has {info.st_size} bytes")
-                self._check(kind, os.path.basename(path), read_whole(path)[0])
+                check(kind, os.path.basename(path), read_whole(path)[0])
             except FileNotFoundError:
                 continue
             except (OSError, MemoryError, Damaged) as error:
                 yield Problem(path, str(error))
-
-    def _check(self, kind: str, digest: str, data: bytes) -> None:
-        if not is_digest(digest):
-            raise Damaged("it has a name that we do not give")
-        if kind == "aliases":
-            decode_alias(data, digest)
-        elif kind == "constants" and constant_digest(data) != digest:
-            raise Damaged("it does not match its checksum")
-        elif kind == "entries":
-            found = decode_entry(data, self._load_constant).key.digest
-            if found != digest:
-                raise Damaged(f"it is the entry {found}, in the wrong place")
 
     def _add_counts(self, counts: Mapping[str, int]) -> int:
         for name, amount in counts.items():
@@ -466,27 +428,3 @@ def _unique() -> str:
 
 def _is_stale(info: os.stat_result) -> bool:
     return abs(time.time() - info.st_mtime) > GRACE  # in the future as well, after a clock jump
-
-
-def _read_entry_file(path: str) -> tuple[bytes, os.stat_result]:
-    data, info = read_whole(path, limit=_FIRST)
-    if info.st_size > len(data):
-        if info.st_size > _MOST or file_bytes(data) != info.st_size:
-            raise Damaged(f"it has {info.st_size} bytes, which is not what it says")
-        data, info = read_whole(path, limit=_MOST)
-    return data, info
-
-
-def _read_header(path: str) -> Header:
-    head, info = read_whole(path, limit=_HEAD)
-    wanted = header_bytes(head)
-    if wanted > len(head):
-        head, info = read_whole(path, limit=wanted)
-    header = decode_header(head)
-    if header.size != info.st_size:
-        raise Damaged(f"holds {info.st_size} bytes instead of {header.size}")
-    return header
-
-
-def _read_alias(path: str) -> Alias:
-    return decode_alias(read_whole(path, limit=_FIRST)[0], os.path.basename(path))

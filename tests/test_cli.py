@@ -187,7 +187,7 @@ def test_clear_refuses_an_untagged_folder(folder: Path, said: Any) -> None:
     folder.mkdir(mode=0o700)
     (folder / "1").mkdir()
     code, text = said("cache", "clear", "--yes")
-    assert (code, "no cache of ours" in text) == (3, True)
+    assert (code, "neither empty nor" in text) == (3, True)
     assert (folder / "1").exists()
 
 

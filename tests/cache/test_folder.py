@@ -149,7 +149,7 @@ def test_clear_refuses_what_is_not_ours(folder: Path) -> None:
         Store(folder).clear()
     folder.parent.mkdir()
     full(folder)
-    with pytest.raises(Refused, match="no cache of ours"):
+    with pytest.raises(Refused, match="neither empty nor"):
         Store(folder).clear()
     (folder / paths.TAG).write_text("")
     programs.put(Store(folder), 0)
