@@ -58,7 +58,8 @@ def _divide_scaled(a: mx.array, b: mx.array) -> mx.array:
 
 
 def power(a: mx.array, b: mx.array) -> mx.array:
-    return mx.power(a, b)
+    """MLX's 0^0 is NaN; it is 1."""
+    return mx.where(b == 0, const(1, mx.complex64), mx.power(a, b))
 
 
 def sign(x: mx.array) -> mx.array:

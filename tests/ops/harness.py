@@ -19,8 +19,9 @@ from jaxlib.mlir.dialects import stablehlo
 
 from jax_mps.ops import load_all
 from jax_mps.ops.dtypes import mx_array
-from jax_mps.ops.registry import has_lowering, lower_steps
+from jax_mps.ops.registry import lower_steps
 from jax_mps.plan import build
+from jax_mps.plan.translate import claims
 from jax_mps.plan.types import Plan, numpy_dtype
 
 
@@ -52,7 +53,7 @@ def portable_artifact(case: Case) -> bytes:
     if isinstance(case.f, str):
         text = case.f
     else:
-        lowered = jax.jit(case.f).trace(*case.args).lower(lowering_platforms=(case.platform,))
+        lowered = jax.jit(case.f, keep_unused=True).trace(*case.args).lower(lowering_platforms=(case.platform,))
         text = str(lowered.compiler_ir("stablehlo"))
     return _jax.mlir.serialize_portable_artifact(text, stablehlo.get_current_version())
 
@@ -60,7 +61,7 @@ def portable_artifact(case: Case) -> bytes:
 def plan_of(case: Case) -> Plan:
     """The row's program as a plan, composites kept where a lowering claims them."""
     load_all()
-    return build.build(build.parse(portable_artifact(case)), claims=lambda step: has_lowering(step.key))
+    return build.build(build.parse(portable_artifact(case)), claims)
 
 
 def lowered(case: Case) -> tuple[Plan, Callable[..., list[mx.array]], list[mx.array]]:
