@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line; the commands' modules are imported here, not their libraries."""
-    from jax_mps import cli_cache, cli_info
+    from jax_mps import cli_cache, cli_completion, cli_info
 
     parser = argparse.ArgumentParser(prog="jax-mps", description="JAX on MLX: what runs here, and its cache of translated programs.")
     parser.set_defaults(command=None, parser=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     cli_info.add_commands(commands)
     cli_cache.add_commands(commands)
+    cli_completion.add_commands(commands)
     return parser
 
 

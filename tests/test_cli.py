@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -309,6 +310,28 @@ def test_a_closed_pipe_is_no_error(store: Store) -> None:
     assert run.stderr is not None
     assert run.stderr.read() == b""
     assert run.wait() == 0
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("", {"info", "cache", "completion"}), ("cache ", set(COMMANDS)), ("cache list --so", {"--sort"}), ("completion b", {"bash"})],
+)
+def test_completion_in_bash(said: Any, typed: str, expected: set[str]) -> None:
+    """The words that fit."""
+    script = said("completion", "bash")[1]
+    words = ["jax-mps", *typed.split(" ")]
+    script += f"COMP_WORDS=({' '.join(words)} '')\nCOMP_CWORD={len(words) - 1}\n_jax_mps\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert {word for word in done.stdout.split() if not word.startswith("--h")} == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_elsewhere(said: Any, shell: str) -> None:
+    """A script that names every command."""
+    code, data = said("completion", shell, "--json")
+    assert code == 0
+    assert all(command in data["script"] for command in COMMANDS)
 
 
 def test_tables() -> None:
