@@ -331,6 +331,71 @@ static PJRT_Error* cell_from_pair(PyObject* pair, const char* hook, size_t nbyte
   return *cell ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
 }
 
+/* The caller's memory, lent to a hook for one call. It counts who still looks at it: a numpy array on a memoryview does not keep the
+ * memoryview from being released, and would be left on memory that is not ours. */
+typedef struct {
+  PyObject_HEAD
+  void* data;
+  Py_ssize_t size, views;
+} Loan;
+
+static int loan_get(PyObject* self, Py_buffer* view, int flags) {
+  Loan* loan = (Loan*)self;
+  if (PyBuffer_FillInfo(view, self, loan->data, loan->size, 1, flags) != 0) return -1;
+  loan->views++;
+  return 0;
+}
+
+static void loan_return(PyObject* self, Py_buffer* view) {
+  (void)view;
+  ((Loan*)self)->views--;
+}
+
+static void loan_free(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_Free(self);
+  Py_DECREF(type);
+}
+
+static Loan* loan_new(void* data, size_t size) {
+  static PyTypeObject* type; /* GIL */
+  if (!type) {
+    PyType_Slot slots[] = {
+        {Py_bf_getbuffer, loan_get}, {Py_bf_releasebuffer, loan_return}, {Py_tp_dealloc, loan_free}, {0, NULL}};
+    PyType_Spec spec = {"jax_mps._shim.Loan", sizeof(Loan), 0,
+                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+    type = (PyTypeObject*)PyType_FromSpec(&spec);
+    if (!type) return NULL;
+  }
+  Loan* loan = PyObject_New(Loan, type);
+  if (!loan) return NULL;
+  loan->data = data;
+  loan->size = (Py_ssize_t)size;
+  loan->views = 0;
+  return loan;
+}
+
+/* from_host's pair for dense bytes. */
+static PJRT_Error* ask_from_host(PJRT_Client_BufferFromHostBuffer_Args* args, void* data, size_t nbytes, Cell** cell) {
+  Loan* loan = loan_new(data, nbytes);
+  PyObject* view = loan ? PyMemoryView_FromObject((PyObject*)loan) : NULL;
+  PyObject* dims = view ? tuple_of(args->dims, args->num_dims) : NULL;
+  PyObject* pair = dims ? hook_call(HOOK_from_host, Py_BuildValue("(OiN)", view, (int)args->type, dims)) : NULL;
+  PJRT_Error* error = pair ? cell_from_pair(pair, "from_host", nbytes, cell) : error_from_python("from_host");
+  Py_XDECREF(pair);
+  PyObject* released = view ? PyObject_CallMethod(view, "release", NULL) : NULL;
+  if (!released) PyErr_Clear();
+  Py_XDECREF(released);
+  Py_XDECREF(view);
+  if (loan && loan->views > 0 && !error) error = INTERNAL("hook from_host kept a view of the caller's memory");
+  Py_XDECREF((PyObject*)loan);
+  if (error && *cell) {
+    cell_release(*cell);
+    *cell = NULL;
+  }
+  return error;
+}
+
 /* GIL held. */
 static PJRT_Error* read_host(PJRT_Client_BufferFromHostBuffer_Args* args, size_t nbytes, Cell** cell) {
   static char nothing[16];
@@ -346,40 +411,21 @@ static PJRT_Error* read_host(PJRT_Client_BufferFromHostBuffer_Args* args, size_t
     if (error || *cell) return error;
   }
 
-  PyObject *dense = NULL, *view;
-  if (strided) {
-    int64_t* strides = malloc(ndim * sizeof *strides);
-    dense = strides ? PyBytes_FromStringAndSize(NULL, (Py_ssize_t)nbytes) : PyErr_NoMemory();
-    if (!dense) {
-      free(strides);
-      return error_from_python("from_host");
-    }
-    char* bytes = PyBytes_AsString(dense);
+  if (!strided) return ask_from_host(args, nbytes ? (void*)args->data : nothing, nbytes, cell);
+  int64_t* strides = malloc(ndim * sizeof *strides);
+  char* dense = malloc(nbytes);
+  PJRT_Error* error = NULL;
+  if (strides && dense) {
     PyThreadState* thread = PyEval_SaveThread();
     row_major(strides, args->dims, ndim, item);
-    copy_strided(bytes, strides, args->data, args->byte_strides, args->dims, ndim, item);
+    copy_strided(dense, strides, args->data, args->byte_strides, args->dims, ndim, item);
     PyEval_RestoreThread(thread);
-    free(strides);
-    view = PyMemoryView_FromObject(dense);
-    Py_DECREF(dense);
+    error = ask_from_host(args, dense, nbytes, cell);
   } else {
-    view = PyMemoryView_FromMemory(nbytes ? (char*)args->data : nothing, (Py_ssize_t)nbytes, PyBUF_READ);
+    error = error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory to copy %zu bytes from the host", nbytes);
   }
-  if (!view) return error_from_python("from_host");
-  PyObject* dims = tuple_of(args->dims, ndim);
-  PyObject* pair =
-      dims ? hook_call(HOOK_from_host, Py_BuildValue("(OiN)", view, (int)args->type, dims)) : NULL;
-  PJRT_Error* error = pair ? cell_from_pair(pair, "from_host", nbytes, cell) : error_from_python("from_host");
-  Py_XDECREF(pair);
-  PyObject* released = PyObject_CallMethod(view, "release", NULL);
-  if (!released) PyErr_Clear();
-  if (!released && !error) error = INTERNAL("hook from_host kept a view of the caller's memory");
-  Py_XDECREF(released);
-  Py_DECREF(view);
-  if (error && *cell) {
-    cell_release(*cell);
-    *cell = NULL;
-  }
+  free(strides);
+  free(dense);
   return error;
 }
 

@@ -14,7 +14,7 @@ struct Record {
 };
 
 static Record *oldest, *newest;
-static size_t sweep_at = 1024;
+static size_t since_sweep;
 static uint64_t walk;
 static bool any_failed;
 atomic_long record_count;
@@ -63,12 +63,12 @@ static void sweep(void) {
     free_dead(work); /* all of them older than this one */
     next = record->newer;
   }
-  size_t twice = 2 * (size_t)atomic_load(&record_count);
-  sweep_at = twice > 1024 ? twice : 1024;
+  since_sweep = 0;
 }
 
 Record* record_new(Cell* const* inputs, size_t count) {
-  if ((size_t)atomic_load(&record_count) >= sweep_at) sweep();
+  /* Seldom enough that a record is looked at a few times in its life, however many there are. */
+  if (++since_sweep >= 1024 && since_sweep >= (size_t)atomic_load(&record_count) / 2) sweep();
   size_t parents = 0;
   for (size_t i = 0; i < count; i++) parents += inputs[i]->record != NULL;
   Record* record = calloc(1, sizeof *record + parents * sizeof *record->parents);

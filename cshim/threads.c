@@ -205,6 +205,7 @@ void threads_stop(void) {
   Cell* cells = take_cells();
   state_unlock();
 
+  bool anyone = jobs || cells;
   PJRT_Error* error = error_new(PJRT_Error_Code_CANCELLED, "the interpreter is shutting down");
   for (Job* next; jobs; jobs = next) {
     next = jobs->next;
@@ -220,4 +221,6 @@ void threads_stop(void) {
     cell_release(cells);
   }
   error_release(error);
+  /* Threads that wake up now want the GIL: later it would kill them, inside jaxlib, which aborts. */
+  if (anyone) nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
 }
