@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from jax_mps import runtime
 from jax_mps.config import settings
+from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
-from jax_mps.plan.segments import Device
+from jax_mps.plan.segments import Callback, Device, Segment
 from jax_mps.plan.types import DEVICE_DTYPES, TensorType
-from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Executable:
         self.direct = self.function is not None
         self.cost = self.function.cost if self.function else 0
         self.copied = program.identities
+        self.pinned = _callbacks(program.segments())
 
     def prepare(self, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
         """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
@@ -54,6 +55,16 @@ class Executable:
         """Run the program on the executor's thread; `arguments` is emptied as values die."""
         results = self.program.block.run(arguments)
         return [_result(v, t) for v, t in zip(results, self.program.results, strict=True)]
+
+
+def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:
+    """The Python functions that a program calls: JAX may drop its own references as soon as it has dispatched a run that is still queued."""
+    calls = [s for s in segments if isinstance(s, Callback)]
+    if not calls:
+        return ()
+    from jax_mps.calls import callbacks
+
+    return tuple(callbacks.find(s.config) for s in calls if s.target == callbacks.TARGET)
 
 
 def _wants_compile() -> bool:
