@@ -7,13 +7,16 @@ in those dimensions gets an index of its own; a run of whole trailing dimensions
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from jax_mps.ops.registry import defining_step
 from jax_mps.ops.slices import clamp_starts
-from jax_mps.plan.types import TensorType
+from jax_mps.plan.types import Step, TensorType, Value, numpy_dtype
 
 Shape = tuple[int, ...]
 
@@ -96,7 +99,7 @@ def _dot(starts: mx.array, strides: Sequence[int]) -> mx.array:
     if len(strides) == 1:
         line = mx.reshape(starts, starts.shape[:-1])
         return line if strides[0] == 1 else line * mx.array(strides[0], starts.dtype)
-    return mx.sum(starts * mx.array(strides, starts.dtype), axis=-1).astype(starts.dtype)
+    return mx.sum(starts * mx.array(list(strides), starts.dtype), axis=-1).astype(starts.dtype)
 
 
 def _along(line: mx.array, axis: int, rank: int) -> mx.array:
@@ -111,3 +114,47 @@ def batch_shape(indices: TensorType, index_vector_dim: int) -> Shape:
 def batching_axes(operand_dims: Sequence[int], indices_dims: Sequence[int], index_vector_dim: int) -> dict[int, int]:
     """Operand batching dimension -> axis of the batch shape."""
     return {d: i - (i > index_vector_dim) for d, i in zip(operand_dims, indices_dims, strict=True)}
+
+
+# ---- indices known now -----------------------------------------------------------------------------------------------------------
+
+_LARGEST_KNOWN, _DEEPEST_KNOWN = 4096, 12  # elements; steps, since shared operands are computed again
+
+
+def known(value: Value, depth: int = 0) -> np.ndarray[Any, Any] | None:
+    """The value of an index array that the program computes from constants, as `x.at[3]` and `x.at[::2]` do; None if it is not known."""
+    step = defining_step(value)
+    if step is None or step.name not in _KNOWN or value.type.size > _LARGEST_KNOWN or depth == _DEEPEST_KNOWN:
+        return None
+    operands = [known(v, depth + 1) for v in step.operands]
+    if any(x is None for x in operands):
+        return None
+    with np.errstate(over="ignore"):
+        return np.asarray(_KNOWN[step.name](step, *operands)).astype(numpy_dtype(value.dtype)).reshape(value.shape)
+
+
+def _in_dim(step: Step, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    order = np.argsort(step.broadcast_dimensions)
+    aligned = [1] * step.result.rank
+    for axis, dimension in enumerate(step.broadcast_dimensions):
+        aligned[dimension] = x.shape[axis]
+    return np.broadcast_to(x.transpose(order).reshape(aligned), step.result.shape)
+
+
+def _counting(step: Step) -> np.ndarray[Any, Any]:
+    aligned = [size if d == step.iota_dimension else 1 for d, size in enumerate(step.result.shape)]
+    return np.broadcast_to(np.arange(step.result.shape[step.iota_dimension]).reshape(aligned), step.result.shape)
+
+
+_COMPARE = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "stablehlo.constant": lambda step: step.value,
+    "stablehlo.iota": _counting,
+    "stablehlo.broadcast_in_dim": _in_dim,
+    "stablehlo.reshape": lambda step, x: x,
+    "stablehlo.concatenate": lambda step, *parts: np.concatenate(parts, step.dimension),
+    "stablehlo.add": lambda step, x, y: x + y,
+    "stablehlo.multiply": lambda step, x, y: x * y,
+    "stablehlo.compare": lambda step, x, y: _COMPARE[step.comparison_direction](x, y),
+    "stablehlo.select": lambda step, condition, x, y: np.where(condition, x, y),
+}

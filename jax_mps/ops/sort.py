@@ -17,6 +17,7 @@ import numpy as np
 from jax_mps.errors import Unsupported
 from jax_mps.ops.bodies import constant_of
 from jax_mps.ops.dtypes import BITS, MX
+from jax_mps.ops.order import canonical_order, total_order
 from jax_mps.ops.registry import LoweredRegion, Run, defining_step, lowers
 from jax_mps.ops.shapes import empty
 from jax_mps.plan.types import Region, Step, TensorType, Value
@@ -186,25 +187,6 @@ def _constant(steps: dict[Value, Step], value: Value) -> Any:
 
 
 # ---- keys as integers ------------------------------------------------------------------------------------------------------------
-
-_SIGNED_BITS = {"float16": mx.int16, "bfloat16": mx.int16, "float32": mx.int32}
-_NAN_BITS = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000}
-
-
-def total_order(x: mx.array, dtype: str) -> mx.array:
-    """Floats as signed integers of the same order: -NaN, -inf, ..., -0, 0, ..., inf, NaN."""
-    kind = _SIGNED_BITS[dtype]
-    bits = x.view(kind)
-    return mx.where(bits < 0, bits ^ mx.array(0x7FFF if kind == mx.int16 else 0x7FFFFFFF, kind), bits)
-
-
-def canonical_order(x: mx.array, dtype: str) -> mx.array:
-    """As `total_order`, with both zeros equal and every NaN equal to the largest."""
-    kind = _SIGNED_BITS[dtype]
-    order = total_order(x, dtype)
-    order = mx.where(order == -1, mx.array(0, kind), order)  # -0
-    return mx.where(x != x, mx.array(_NAN_BITS[dtype], kind), order)
-
 
 def ascending(x: mx.array, key: Key, canonical: bool = False) -> mx.array:
     """Integers whose ascending order is the key's."""

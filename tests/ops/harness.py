@@ -89,16 +89,33 @@ def run_on_mlx(case: Case) -> list[np.ndarray[Any, Any]]:
 def run_exported(case: Case) -> list[np.ndarray[Any, Any]]:
     """As `run_on_mlx`, but through a file: what a later process runs."""
     plan, run, arguments = lowered(case)
+    return results_of(plan, through_a_file(run, arguments), case)
+
+
+def through_a_file(run: Callable[..., list[mx.array]], arguments: Sequence[mx.array]) -> Sequence[mx.array]:
+    """Results of a function after export and import."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "f.mlxfn")
         mx.export_function(path, run, *arguments)
-        return results_of(plan, mx.import_function(path)(*arguments), case)
+        results: Sequence[mx.array] = mx.import_function(path)(*arguments)
+        mx.eval(*results)
+        return results
 
 
 def check_exported(case: Case) -> None:
     """Assert that the row's program survives export and import bit for bit."""
     for index, (fresh, loaded) in enumerate(zip(run_on_mlx(case), run_exported(case), strict=True)):
         assert fresh.tobytes() == loaded.tobytes(), f"{case.name}[{index}]: differs after export and import"
+
+
+def check_both(case: Case) -> None:
+    """`check` and `check_exported` with one lowering."""
+    plan, run, arguments = lowered(case)
+    fresh = results_of(plan, run(*arguments), case)
+    assert_same(fresh, reference(case), case)
+    loaded = results_of(plan, through_a_file(run, arguments), case)
+    for index, (ours, theirs) in enumerate(zip(fresh, loaded, strict=True)):
+        assert ours.tobytes() == theirs.tobytes(), f"{case.name}[{index}]: differs after export and import"
 
 
 def results_of(plan: Plan, outputs: Sequence[mx.array], case: Case) -> list[np.ndarray[Any, Any]]:

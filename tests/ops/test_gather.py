@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from .harness import Case, check, check_exported, run_on_mlx
+from .harness import Case, check, check_both, run_on_mlx
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32", "complex64"]
 R = np.random.default_rng(0)
@@ -120,8 +120,7 @@ WIDE = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gather(case):
     """Same result as XLA, before and after export."""
-    check(case)
-    check_exported(case)
+    check_both(case)
 
 
 @pytest.mark.parametrize("case", WIDE, ids=str)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from .harness import Case, check, check_exported, run_on_mlx
+from .harness import Case, check, check_both, run_on_mlx
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32", "complex64"]
 X = np.arange(42, dtype=np.float32).reshape(6, 7)
@@ -85,8 +85,7 @@ WIDE = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_slices(case):
     """Same result as XLA, before and after export."""
-    check(case)
-    check_exported(case)
+    check_both(case)
 
 
 @pytest.mark.parametrize("case", WIDE, ids=str)
