@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import weakref
@@ -20,6 +21,7 @@ from jax_mps.pjrt import options as compile_options
 from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
 from jax_mps.plan.segments import Callback, Device
+from jax_mps.plan.show import describe
 from jax_mps.plan.types import TensorType, numpy_dtype
 from jax_mps.counters import count
 
@@ -35,6 +37,7 @@ class Client:
     def __init__(self) -> None:
         process_folder()  # made before the writer, so that it goes after the writer's last flush
         self.store = Store()
+        atexit.register(self.store.save_counts)
         self.writer = Writer()
         self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
         self._aliases: OrderedDict[str, tuple[Program, str, int]] = OrderedDict()
@@ -171,16 +174,21 @@ class Client:
     def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
         """Store a program; runs on the writer's thread."""
         parts: dict[str, bytes | Path] = {**files.paths, **files.artifacts}
+        stored = {digest: value.tobytes() for digest, value in files.constants.items()}
+        manifest = {"program": program.manifest, "summary": self.summary(program), "plan_text": describe(program)}
+        self.store.put(canonical, manifest, parts, stored)
+
+    @staticmethod
+    def summary(program: Program) -> dict[str, str | int]:
+        """What the CLI lists of an entry."""
         segments = program.segments()
-        summary = {
+        return {
             "name": program.name,
             "ops": sum(s.ops for s in segments if isinstance(s, Device)),
             "segments": len(segments),
             "host_segments": len(program.host_segments),
             "device": runtime.device_kind(),
         }
-        stored = {digest: value.tobytes() for digest, value in files.constants.items()}
-        self.store.put(canonical, {"program": program.manifest, "summary": summary}, parts, stored)
 
 
 def has_callbacks(program: Program) -> bool:

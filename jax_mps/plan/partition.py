@@ -82,7 +82,21 @@ def partition(plan: Plan, target: Target) -> DraftBlock:
     """
     cutter = _Cutter(target)
     body = loops.unroll_short(plan.body, {}, lambda step: cutter.refusal(step) is None)
-    return cutter.block(body, ())
+    return cutter.block(own_results(body, plan.donated), ())
+
+
+def own_results(body: Region, donated: Sequence[int]) -> Region:
+    """The region with a copy for each result that is an argument (unless donated) or an earlier result: XLA's outputs never alias."""
+    taken = {v for i, v in enumerate(body.arguments) if i not in donated}
+    copies: list[Step] = []
+    results: list[Value] = []
+    for value in body.results:
+        if value in taken and value.dtype in DEVICE_DTYPES:
+            copies.append(Step("jax_mps.copy", (value,), (Value(value.type),)))
+            value = copies[-1].results[0]
+        taken.add(value)
+        results.append(value)
+    return Region(body.arguments, (*body.steps, *copies), tuple(results))
 
 
 def is_device_step(step: Step) -> bool:
