@@ -333,6 +333,8 @@ def _selection(key: Key, operand: TensorType, axis: int, k: int, index_dtype: st
         order = ascending(x, key)
         if pack:
             position = mx.reshape(mx.arange(size, dtype=mx.int64), [-1 if d == axis else 1 for d in range(operand.rank)])
+            if order.dtype == mx.uint32:
+                order = (order ^ mx.array(1 << 31, mx.uint32)).view(mx.int32)
             packed = (order.astype(mx.int64) << mx.array(32, mx.int64)) | position
             best = mx.sort(_head(mx.partition(packed, k, axis=axis), axis, k), axis=axis)
             index = best & mx.array(0xFFFFFFFF, mx.int64)
