@@ -104,10 +104,6 @@ def round_nearest_afz(x: mx.array) -> mx.array:
     return mx.where(negative(x), -y, y)
 
 
-def negate(x: mx.array) -> mx.array:
-    return mx.negative(x)
-
-
 def is_finite(x: mx.array) -> mx.array:
     return mx.abs(x) < const(math.inf, x.dtype)
 
@@ -193,7 +189,7 @@ elementwise(
         "stablehlo.power": power,
         "stablehlo.maximum": mx.maximum,
         "stablehlo.minimum": mx.minimum,
-        "stablehlo.negate": negate,
+        "stablehlo.negate": mx.negative,
         "stablehlo.sign": sign,
         "stablehlo.ceil": mx.ceil,
         "stablehlo.floor": mx.floor,

@@ -5,7 +5,7 @@ What is not here (erfc, erf_inv, lgamma, digamma, Bessel functions, zeta, ...) a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -47,8 +47,10 @@ def erf(op: Step) -> Run:
 
 
 # A rational approximation on [-4, 4], highest power first (Eigen's, which the decomposition uses as well)
-_NUMERATOR = (-2.72614225801306e-10, 2.77068142495902e-8, -2.10102402082508e-6, -5.69250639462346e-5)
-_NUMERATOR += (-7.34990630326855e-4, -2.954600e-3, -1.60960333262415e-2)
+_NUMERATOR = (
+    -2.72614225801306e-10, 2.77068142495902e-8, -2.10102402082508e-6, -5.69250639462346e-5,
+    -7.34990630326855e-4, -2.95460011e-3, -1.60960333262415e-2,
+)  # fmt: skip
 _DENOMINATOR = (-1.45660718464996e-5, -2.13374055278905e-4, -1.68282697438203e-3, -7.37332916720468e-3, -1.42647390514189e-2)
 
 
@@ -58,7 +60,7 @@ def _erf(x: mx.array) -> mx.array:
     return mx.clip(x * _polynomial(y, _NUMERATOR) / _polynomial(y, _DENOMINATOR), -1.0, 1.0)
 
 
-def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
+def _polynomial(x: mx.array, coefficients: Sequence[float]) -> mx.array:
     p = x * coefficients[0]
     for c in coefficients[1:-1]:
         p = (p + c) * x

@@ -71,14 +71,15 @@ def test_refuses_other_processes(case):
         run_on_mlx(case)
 
 
-def shard_mapped(f, out=P("i")):
+def shard_mapped(f):
+    split = P("i")
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("i",))
-    return jax.shard_map(f, mesh=mesh, in_specs=P("i"), out_specs=out, check_vma=False)
+    return jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
 
 
 L = jax.lax
 MAPPED = {
-    "psum": shard_mapped(lambda x: (L.psum((x, x.astype(jnp.int32)), "i"))),
+    "psum": shard_mapped(lambda x: L.psum((x, x.astype(jnp.int32)), "i")),
     "pmean_pmax": shard_mapped(lambda x: (L.pmean(x, "i"), L.pmax(x, "i"))),
     "all_gather": shard_mapped(lambda x: (L.all_gather(x, "i"), L.all_gather(x, "i", tiled=True, axis=1))),
     "psum_scatter": shard_mapped(lambda x: L.psum_scatter(x, "i", tiled=True)),
