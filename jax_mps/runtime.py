@@ -17,6 +17,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32; MLX read
 
 import mlx.core as mx
 
+from jax_mps import blas
 from jax_mps._shim import lib
 from jax_mps.config import settings
 from jax_mps.errors import OutOfMemory
@@ -44,6 +45,7 @@ def device() -> Device:
     """The process's device, made at first use."""
     chosen = settings().device
     mlx = mx.default_device() if chosen == "auto" else mx.Device(mx.cpu if chosen == "cpu" else mx.gpu)
+    blas.install()  # MLX's CPU engine comes with a reference BLAS on Linux; linear algebra runs there whatever the device
     kind = "cpu" if mlx.type == mx.cpu else ("metal" if mx.metal.is_available() else "cuda")
     stream = mx.new_thread_unsafe_stream(mlx)
     if kind != "cpu":
