@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_mps import compat
 from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, JaxMpsError
+from jax_mps.host import kept
 from jax_mps.plan.text import module_text
 from jax_mps.plan.types import Step, TensorType, Value, numpy_dtype
 
@@ -120,7 +121,7 @@ class _Executable:
         self._dtypes = [numpy_dtype(t.dtype) for t in inputs]
         self._avals = [compat.shaped_array(t.shape, d) for t, d in zip(inputs, self._dtypes, strict=True)]
         try:
-            self._loaded = _cpu().compile(artifact)
+            self._loaded = _cpu().load(artifact)
         except Exception as error:  # jaxlib's error classes differ between versions
             raise HostError("compiling", error) from error
 
@@ -158,8 +159,13 @@ class _Cpu:
         self._compile_options = xla.CompileOptions()
         self._put = xla._xla.batched_device_put
 
-    def compile(self, artifact: bytes) -> Any:
-        return self._client.compile_and_load(artifact, self._list, self._compile_options)
+    def load(self, artifact: bytes) -> Any:
+        """The artifact's executable: kept from an earlier process, or compiled."""
+        found = kept.load(artifact, lambda code: self._client.deserialize_executable(code, self._list, None))
+        if found is None:
+            found = self._client.compile_and_load(artifact, self._list, self._compile_options)
+            kept.keep(artifact, found.serialize)
+        return found
 
     def put(self, aval: Any, array: Array) -> Any:
         # without enable_x64, 64-bit elements are silently narrowed when JAX's flag is off
