@@ -108,12 +108,12 @@ def identity(name: str, dtype: str) -> Any:
     if name == "multiply":
         return kind.type(1).item()
     if name == "and":
-        return True if kind == bool else kind.type(-1 if kind.kind == "i" else np.iinfo(kind).max).item()
+        return True if kind.kind == "b" else kind.type(-1 if kind.kind == "i" else np.iinfo(kind).max).item()
     return _extreme(kind, lowest=name == "maximum")
 
 
 def _extreme(kind: np.dtype[Any], *, lowest: bool) -> Any:
-    if kind == bool:
+    if kind.kind == "b":
         return not lowest
     if kind.kind in "iu":
         limits = np.iinfo(kind)
@@ -121,7 +121,6 @@ def _extreme(kind: np.dtype[Any], *, lowest: bool) -> Any:
     return -np.inf if lowest else np.inf
 
 
-
 def is_identity(name: str, value: Value) -> bool:
     """Whether an init value is known to be a fold's neutral element."""
-    return constant_of(value) == identity(name, value.dtype)
+    return bool(constant_of(value) == identity(name, value.dtype))

@@ -126,7 +126,12 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     x = _batch_to_features(mx.transpose(x, _features_last(conv.inputs)), conv.batch_groups)
     w = mx.transpose(w, _features_last(conv.kernels))
     multiply = functools.partial(
-        mx.conv_general, stride=conv.strides, padding=(low, high), kernel_dilation=conv.rhs_dilation, input_dilation=dilation, groups=conv.groups
+        mx.conv_general,
+        stride=conv.strides,
+        padding=(low, high),
+        kernel_dilation=conv.rhs_dilation,
+        input_dilation=dilation,
+        groups=conv.groups,
     )
     out = split(multiply, x, w) if conv.precise and device_kind() == "cuda" and x.dtype == mx.float32 else multiply(x, w)
     return mx.transpose(out.astype(dtype), _inverse(_features_last(conv.outputs)))
@@ -329,7 +334,7 @@ def _interleaved(parts: Sequence[mx.array], axis: int) -> mx.array:
         return parts[0]
     shape = list(parts[0].shape)
     shape[axis] *= len(parts)
-    return mx.stack(parts, axis=axis + 1).reshape(shape)
+    return mx.stack(list(parts), axis=axis + 1).reshape(shape)
 
 
 def _result_shape(x: mx.array, w: mx.array, conv: _Conv) -> Ints:
@@ -360,7 +365,9 @@ def _by_kernel_taps(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     """One feature in, one out: each kernel element scales a shifted slice of the input."""
     kernel = mx.transpose(w, (*conv.kernels[2:], *conv.kernels[1::-1])).reshape(*conv.size, -1)
     spread = [-1 if d == conv.inputs[1] else 1 for d in range(x.ndim)]
-    terms = [_slice(x, conv, place, conv.rhs_dilation, conv.strides, conv.out) * kernel[place].reshape(spread) for place in _places(conv.size)]
+    terms = [
+        _slice(x, conv, place, conv.rhs_dilation, conv.strides, conv.out) * kernel[place].reshape(spread) for place in _places(conv.size)
+    ]
     return mx.transpose(functools.reduce(operator.add, terms), [conv.inputs[conv.outputs.index(d)] for d in range(x.ndim)])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 
@@ -193,7 +192,8 @@ def _layout(op: Step) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return axes, tuple(-1 if d == feature else 1 for d in range(rank)), math.prod(op.operand.shape[d] for d in axes)
 
 
-def _scaled(x: mx.array, scale: mx.array, offset: mx.array, mean: mx.array, variance: mx.array, spread: Any, epsilon: float) -> mx.array:
+def _scaled(arrays: Sequence[mx.array], spread: Sequence[int], epsilon: float) -> mx.array:
+    x, scale, offset, mean, variance = arrays
     factor = scale * mx.rsqrt(variance + epsilon)
     return (x - mean.reshape(spread)) * factor.reshape(spread) + offset.reshape(spread)
 
@@ -202,7 +202,7 @@ def _scaled(x: mx.array, scale: mx.array, offset: mx.array, mean: mx.array, vari
 def batch_norm_inference(op: Step) -> Run:
     _, spread, _ = _layout(op)
     epsilon, dtype = float(op.epsilon), MX[op.result.dtype]
-    return lambda x, scale, offset, mean, variance: _scaled(*_wide(x, scale, offset, mean, variance), spread, epsilon).astype(dtype)
+    return lambda x, scale, offset, mean, variance: _scaled(_wide(x, scale, offset, mean, variance), spread, epsilon).astype(dtype)
 
 
 @lowers("stablehlo.batch_norm_training")
@@ -214,7 +214,7 @@ def batch_norm_training(op: Step) -> Run:
         x, scale, offset = _wide(x, scale, offset)
         mean = sum_of(x, axes) / count
         variance = sum_of(mx.square(x - mean.reshape(spread)), axes) / count
-        outputs = (_scaled(x, scale, offset, mean, variance, spread, epsilon), mean, variance)
+        outputs = (_scaled((x, scale, offset, mean, variance), spread, epsilon), mean, variance)
         return [a.astype(dtype) for a in outputs]
 
     return run

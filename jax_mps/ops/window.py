@@ -35,7 +35,11 @@ def reduce_window(op: Step, body: LoweredRegion) -> Run:
         raise Unsupported(op, "the body is not elementwise")
     neutral = names is not None and all(is_identity(n, v) for n, v in zip(names, op.operands[count:], strict=True))
     scan = _scan(op) if neutral else None
-    if names is not None and scan is not None and all(_SCANS.get(n) and v.dtype != "complex64" or n == "add" for n, v in zip(names, op.operands, strict=False)):
+    if (
+        names is not None
+        and scan is not None
+        and all((_SCANS.get(n) and v.dtype != "complex64") or n == "add" for n, v in zip(names, op.operands, strict=False))
+    ):
         axis, backward = scan
         return lambda *arrays: [cumulative(n, x, axis, reverse=backward) for n, x in zip(names, arrays[:count], strict=True)]
     step = _of_folds(names) if names is not None else _of_body(body)
@@ -282,8 +286,10 @@ def _interleaved(phases: Sequence[mx.array], cells: Sequence[int], init: mx.arra
     rank = len(cells)
     x = phases[0]
     if len(phases) > 1:
-        x = mx.stack(phases).reshape(*grid.strides, *cells)
-        x = mx.transpose(x, [axis for d in range(rank) for axis in (rank + d, d)]).reshape([c * s for c, s in zip(cells, grid.strides, strict=True)])
+        x = mx.stack(list(phases)).reshape(*grid.strides, *cells)
+        x = mx.transpose(x, [axis for d in range(rank) for axis in (rank + d, d)]).reshape(
+            [c * s for c, s in zip(cells, grid.strides, strict=True)]
+        )
     missing = [max(low + n - size, 0) for low, n, size in zip(grid.low, grid.shape, x.shape, strict=True)]
     if any(missing):
         x = mx.pad(x, [(0, m) for m in missing], constant_values=init)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from .harness import Case, check
+from .harness import Case, check, check_exported
 
 R = np.random.default_rng(0)
 TOLERANCE = dict(rtol=1e-5, atol=2e-4)  # sums of up to a few hundred signed terms: the order of adding shows
@@ -68,9 +68,24 @@ CASES = [
     row("spatial_1", conv(("NWC", "WIO", "NWC"), strides=(2,)), x=(2, 11, 4), w=(3, 4, 6)),
     row("spatial_1_causal", conv(("NCW", "OIW", "NCW"), strides=(1,), padding=[(4, 0)], rhs_dilation=(2,)), x=(2, 4, 11), w=(6, 4, 3)),
     row("spatial_3", conv(("NDHWC", "DHWIO", "NDHWC"), strides=(1, 2, 1)), x=(2, 5, 6, 4, 3), w=(3, 2, 3, 3, 4)),
-    row("spatial_3_groups", conv(("NCDHW", "OIDHW", "NCDHW"), strides=(2, 1, 1), feature_group_count=2), x=(2, 4, 5, 6, 4), w=(6, 2, 3, 2, 3)),
-    row("spatial_3_dilated", conv(("NDHWC", "DHWIO", "NDHWC"), strides=(1, 1, 1), padding=[(1, 1), (0, 1), (2, 0)], lhs_dilation=(2, 1, 2)), x=(1, 3, 4, 3, 3), w=(3, 2, 3, 3, 4)),
-    row("spatial_4", conv(lax.ConvDimensionNumbers((0, 5, 1, 2, 3, 4), (5, 4, 0, 1, 2, 3), (0, 5, 1, 2, 3, 4)), strides=(1, 1, 2, 1)), x=(2, 3, 4, 5, 3, 2), w=(2, 2, 3, 1, 2, 3)),
+    row(
+        "spatial_3_groups",
+        conv(("NCDHW", "OIDHW", "NCDHW"), strides=(2, 1, 1), feature_group_count=2),
+        x=(2, 4, 5, 6, 4),
+        w=(6, 2, 3, 2, 3),
+    ),
+    row(
+        "spatial_3_dilated",
+        conv(("NDHWC", "DHWIO", "NDHWC"), strides=(1, 1, 1), padding=[(1, 1), (0, 1), (2, 0)], lhs_dilation=(2, 1, 2)),
+        x=(1, 3, 4, 3, 3),
+        w=(3, 2, 3, 3, 4),
+    ),
+    row(
+        "spatial_4",
+        conv(lax.ConvDimensionNumbers((0, 5, 1, 2, 3, 4), (5, 4, 0, 1, 2, 3), (0, 5, 1, 2, 3, 4)), strides=(1, 1, 2, 1)),
+        x=(2, 3, 4, 5, 3, 2),
+        w=(2, 2, 3, 1, 2, 3),
+    ),
     row("empty_batch", conv(), x=(0, 8, 9, 4)),
     row("empty_features", conv(), x=(2, 8, 9, 0), w=(3, 3, 0, 6)),
     row("empty_outputs", conv(), w=(3, 3, 4, 0)),
@@ -80,7 +95,12 @@ CASES = [
     row("highest", conv(precision="highest")),
     row("transposed", lambda x, w: lax.conv_transpose(x, w, (2, 2), "SAME")),
     row("transposed_kernel", lambda x, w: lax.conv_transpose(x, w, (2, 3), "VALID", transpose_kernel=True), w=(3, 3, 6, 4)),
-    row("local_1", lambda x, w: lax.conv_general_dilated_local(x, w, (1,), "VALID", (3,), dimension_numbers=("NWC", "WIO", "NWC")), x=(2, 6, 3), w=(4, 9, 5)),
+    row(
+        "local_1",
+        lambda x, w: lax.conv_general_dilated_local(x, w, (1,), "VALID", (3,), dimension_numbers=("NWC", "WIO", "NWC")),
+        x=(2, 6, 3),
+        w=(4, 9, 5),
+    ),
     row("patches", lambda x: lax.conv_general_dilated_patches(x, (3, 3), (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), w=()),
 ]
 CASES[-1] = Case("patches", CASES[-1].f, CASES[-1].args[:1])
@@ -97,7 +117,11 @@ CASES += [
 ]
 
 HALF = {"float16": dict(rtol=2e-3, atol=1e-2), "bfloat16": dict(rtol=1.6e-2, atol=8e-2), "complex64": TOLERANCE}
-VARIANTS = [("same", {}, KERNEL), ("stride", dict(strides=(2, 1), padding=[(-1, 1), (2, 0)]), KERNEL), ("groups", dict(feature_group_count=2), (3, 3, 2, 6))]
+VARIANTS = [
+    ("same", {}, KERNEL),
+    ("stride", dict(strides=(2, 1), padding=[(-1, 1), (2, 0)]), KERNEL),
+    ("groups", dict(feature_group_count=2), (3, 3, 2, 6)),
+]
 CASES += [
     Case(f"{name}_{dtype}", conv(**kw), (normal(*IMAGE, dtype=dtype_), normal(*w, dtype=dtype_)), **HALF[dtype])
     for dtype, dtype_ in [("float16", "float16"), ("bfloat16", ml_dtypes.bfloat16), ("complex64", "complex64")]
@@ -110,7 +134,12 @@ CASES += [
 ]
 CASES += [
     Case("i8_to_i32", conv(preferred_element_type=np.int32), (whole(*IMAGE, dtype=np.int8), whole(*KERNEL, dtype=np.int8))),
-    Case("bf16_to_f32", conv(preferred_element_type=np.float32), (normal(*IMAGE, dtype=ml_dtypes.bfloat16), normal(*KERNEL, dtype=ml_dtypes.bfloat16)), **TOLERANCE),
+    Case(
+        "bf16_to_f32",
+        conv(preferred_element_type=np.float32),
+        (normal(*IMAGE, dtype=ml_dtypes.bfloat16), normal(*KERNEL, dtype=ml_dtypes.bfloat16)),
+        **TOLERANCE,
+    ),
 ]
 
 
@@ -148,7 +177,13 @@ def convnet(params, x):
 
 
 CASES.append(
-    Case("grad_convnet", jax.grad(convnet), ((normal(3, 3, 3, 8), normal(3, 3, 8, 8), normal(8), normal(8, 5)), normal(4, 16, 16, 3)), rtol=1e-4, atol=1e-5)
+    Case(
+        "grad_convnet",
+        jax.grad(convnet),
+        ((normal(3, 3, 3, 8), normal(3, 3, 8, 8), normal(8), normal(8, 5)), normal(4, 16, 16, 3)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 )
 
 
@@ -160,13 +195,36 @@ def test_convolution(case):
 
 # Shapes at which the CPU's own ways are chosen, strides, paddings and dilations in all combinations.
 GRID = [
-    row(f"grid_s{s}_p{p}_l{l}_r{r}_g{g}".replace(" ", ""), conv(strides=(s, 1), padding=[p, (1, 0)], lhs_dilation=(l, 1), rhs_dilation=(r, 1), feature_group_count=g),
-        (1, 7, 5, 4), (3, 2, 4 // g, 4))
+    row(
+        f"grid_s{s}_p{p}_l{l}_r{r}_g{g}".replace(" ", ""),
+        conv(strides=(s, 1), padding=[p, (1, 0)], lhs_dilation=(l, 1), rhs_dilation=(r, 1), feature_group_count=g),
+        (1, 7, 5, 4),
+        (3, 2, 4 // g, 4),
+    )
     for s, p, l, r, g in itertools.product((1, 2, 3), ((0, 0), (2, 1), (-2, 3)), (1, 2, 3), (1, 2), (1, 4))
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_convolution_grid(case):
     """Strides, paddings, dilations and groups together."""
     check(case)
+
+
+EXPORTED = (
+    "stride",
+    "groups_dilated",
+    "depthwise",
+    "spatial_4",
+    "same_int32",
+    "same_complex64",
+    "dilated_input_negative_padding",
+    "grad_stride",
+    "grad_depthwise",
+)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in EXPORTED], ids=str)
+def test_convolution_exported(case):
+    """The same after export and import."""
+    check_exported(case)

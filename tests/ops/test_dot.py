@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from .harness import Case, check
+from jax_mps.errors import Unsupported
+
+from .harness import Case, check, check_exported, run_on_mlx
 
 R = np.random.default_rng(0)
 FLOATS = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16), np.dtype("complex64")]
@@ -66,40 +68,74 @@ LAYOUTS = [
 CASES = [Case(f"{name}_f32", f, (normal(*a), normal(*b)), **TOLERANCE) for name, f, a, b in LAYOUTS]
 CASES += [
     Case(f"{name}_{dtype.name}", f, (normal(*a, dtype=dtype), normal(*b, dtype=dtype)), **HALF.get(dtype.name, TOLERANCE))
-    for name, f, a, b in LAYOUTS if name in ("matmul", "batch", "outer", "empty_sum", "batch_vectors", "attention")
+    for name, f, a, b in LAYOUTS
+    if name in ("matmul", "batch", "outer", "empty_sum", "batch_vectors", "attention")
     for dtype in FLOATS[1:]
-]  # fmt: skip
-CASES += [
-    Case(f"{name}_{dtype.name}", f, (whole(*a, dtype=dtype), whole(*b, dtype=dtype)))
-    for name, f, a, b in LAYOUTS if name in ("matmul", "batch_last", "outer", "empty_sum", "vectors", "scalars")
-    for dtype in INTS
-]  # fmt: skip
-CASES += [
-    Case(f"long_{dtype.name}", MATMUL, (whole(40, 1500, dtype=dtype), whole(1500, 3, dtype=dtype))) for dtype in INTS
 ]
 CASES += [
-    Case(f"{name}_bool", f, (R.random(a) > 0.7, R.random(b) > 0.7)) for name, f, a, b in LAYOUTS if name in ("matmul", "outer", "empty_sum", "batch")
+    Case(f"{name}_{dtype.name}", f, (whole(*a, dtype=dtype), whole(*b, dtype=dtype)))
+    for name, f, a, b in LAYOUTS
+    if name in ("matmul", "batch_last", "outer", "empty_sum", "vectors", "scalars")
+    for dtype in INTS
+]
+CASES += [Case(f"long_{dtype.name}", MATMUL, (whole(40, 1500, dtype=dtype), whole(1500, 3, dtype=dtype))) for dtype in INTS]
+CASES += [
+    Case(f"{name}_bool", f, (R.random(a) > 0.7, R.random(b) > 0.7))
+    for name, f, a, b in LAYOUTS
+    if name in ("matmul", "outer", "empty_sum", "batch")
 ]
 CASES += [
     Case("i8_to_i32", dims(((1,), (0,)), preferred_element_type=np.int32), (whole(5, 7, dtype=np.int8), whole(7, 3, dtype=np.int8))),
-    Case("i8_to_i32_long", dims(((1,), (0,)), preferred_element_type=np.int32), (np.full((33, 3000), -128, np.int8), np.full((3000, 33), -128, np.int8))),
+    Case(
+        "i8_to_i32_long",
+        dims(((1,), (0,)), preferred_element_type=np.int32),
+        (np.full((33, 3000), -128, np.int8), np.full((3000, 33), -128, np.int8)),
+    ),
     Case("u8_to_i32", dims(((1,), (0,)), preferred_element_type=np.int32), (whole(5, 7, dtype=np.uint8), whole(7, 3, dtype=np.uint8))),
-    Case("bf16_to_f32", dims(((1,), (0,)), preferred_element_type=np.float32), tuple(normal(7, 7, dtype=ml_dtypes.bfloat16) for _ in range(2)), **TOLERANCE),
-    Case("f16_to_f32", dims(((1,), (0,)), preferred_element_type=np.float32), tuple(normal(7, 7, dtype=np.float16) for _ in range(2)), **TOLERANCE),
+    Case(
+        "bf16_to_f32",
+        dims(((1,), (0,)), preferred_element_type=np.float32),
+        tuple(normal(7, 7, dtype=ml_dtypes.bfloat16) for _ in range(2)),
+        **TOLERANCE,
+    ),
+    Case(
+        "f16_to_f32",
+        dims(((1,), (0,)), preferred_element_type=np.float32),
+        tuple(normal(7, 7, dtype=np.float16) for _ in range(2)),
+        **TOLERANCE,
+    ),
     Case("int_min", MATMUL, (np.full((64, 64), -(2**31), np.int32), np.full((64, 64), -1, np.int32))),
     Case("highest", dims(((1,), (0,)), precision="highest"), (normal(9, 9), normal(9, 9)), **TOLERANCE),
     Case("high", dims(((1,), (0,)), precision="high"), (normal(9, 9), normal(9, 9)), **TOLERANCE),
     Case("nan_and_inf", MATMUL, (np.array([[1, np.inf], [np.nan, 1], [0, 1]], np.float32), np.array([[1, 0], [2, 3]], np.float32))),
-    Case("dot", "func.func @main(%a: tensor<4x6xf32>, %b: tensor<6x3xf32>) -> tensor<4x3xf32> "
-         "{ %0 = stablehlo.dot %a, %b : (tensor<4x6xf32>, tensor<6x3xf32>) -> tensor<4x3xf32>\n return %0 : tensor<4x3xf32> }",
-         (normal(4, 6), normal(6, 3)), **TOLERANCE),
-    Case("dot_vectors", "func.func @main(%a: tensor<6xi32>, %b: tensor<6xi32>) -> tensor<i32> "
-         "{ %0 = stablehlo.dot %a, %b : (tensor<6xi32>, tensor<6xi32>) -> tensor<i32>\n return %0 : tensor<i32> }",
-         (whole(6, dtype=np.int32), whole(6, dtype=np.int32))),
+    Case(
+        "dot",
+        "func.func @main(%a: tensor<4x6xf32>, %b: tensor<6x3xf32>) -> tensor<4x3xf32> "
+        "{ %0 = stablehlo.dot %a, %b : (tensor<4x6xf32>, tensor<6x3xf32>) -> tensor<4x3xf32>\n return %0 : tensor<4x3xf32> }",
+        (normal(4, 6), normal(6, 3)),
+        **TOLERANCE,
+    ),
+    Case(
+        "dot_vectors",
+        "func.func @main(%a: tensor<6xi32>, %b: tensor<6xi32>) -> tensor<i32> "
+        "{ %0 = stablehlo.dot %a, %b : (tensor<6xi32>, tensor<6xi32>) -> tensor<i32>\n return %0 : tensor<i32> }",
+        (whole(6, dtype=np.int32), whole(6, dtype=np.int32)),
+    ),
     Case("grad", jax.grad(lambda a, b: jnp.tanh(a @ b).sum(), (0, 1)), (normal(5, 7), normal(7, 3)), **TOLERANCE),
-    Case("grad_einsum", jax.grad(lambda q, k: jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)).std(), (0, 1)), (normal(2, 5, 3, 8), normal(2, 6, 3, 8)), rtol=1e-4, atol=1e-6),
-    Case("bf16_dense_grad", jax.grad(lambda a, b: (a @ b).astype(np.float32).sum(), (0, 1)), (normal(5, 7, dtype=ml_dtypes.bfloat16), normal(7, 3, dtype=ml_dtypes.bfloat16)), **HALF["bfloat16"]),
-]  # fmt: skip
+    Case(
+        "grad_einsum",
+        jax.grad(lambda q, k: jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)).std(), (0, 1)),
+        (normal(2, 5, 3, 8), normal(2, 6, 3, 8)),
+        rtol=1e-4,
+        atol=1e-6,
+    ),
+    Case(
+        "bf16_dense_grad",
+        jax.grad(lambda a, b: (a @ b).astype(np.float32).sum(), (0, 1)),
+        (normal(5, 7, dtype=ml_dtypes.bfloat16), normal(7, 3, dtype=ml_dtypes.bfloat16)),
+        **HALF["bfloat16"],
+    ),
+]
 CASES += [
     Case(f"algorithm_{name}", dims(((1,), (0,)), precision=lax.DotAlgorithmPreset[name]), (normal(9, 9), normal(9, 9)), **TOLERANCE)
     for name in ("F32_F32_F32", "TF32_TF32_F32", "BF16_BF16_F32_X6")
@@ -124,3 +160,27 @@ def test_dot_x64(case):
     """64-bit integers wrap around too."""
     with jax.enable_x64(True):
         check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("attention_f32", "matmul_int32", "long_int8", "matmul_bool", "batch_complex64", "matmul_bfloat16")],
+    ids=str,
+)
+def test_dot_exported(case):
+    """The same after export and import: the integers' limbs go through float64 there too."""
+    check_exported(case)
+
+
+@pytest.mark.parametrize("name", ["TF32_TF32_F32", "TF32_TF32_F32_X3", "BF16_BF16_F32", "BF16_BF16_F32_X9"])
+def test_algorithm_met_by_more(name):
+    """An algorithm of less accuracy than float32's is met by float32 (XLA's CPU backend refuses these)."""
+    a, b = normal(9, 9), normal(9, 9)
+    [got] = run_on_mlx(Case(name, dims(((1,), (0,)), precision=lax.DotAlgorithmPreset[name]), (a, b)))
+    np.testing.assert_allclose(got, a @ b, **TOLERANCE)
+
+
+def test_algorithm_refused():
+    """One that asks for float64 is not."""
+    with pytest.raises(Unsupported, match="precision_type is f64"):
+        run_on_mlx(Case("f64", dims(((1,), (0,)), precision=lax.DotAlgorithmPreset.F64_F64_F64), (normal(3, 3), normal(3, 3))))
