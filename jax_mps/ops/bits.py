@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from jax_mps.ops.registry import elementwise
+from jax_mps.ops.registry import Run, elementwise, lowers, mark_elementwise
+from jax_mps.plan.types import Step
 
 WIDTH: dict[mx.Dtype, int] = {
     mx.int8: 8, mx.int16: 16, mx.int32: 32, mx.int64: 64,
@@ -61,6 +62,24 @@ def shift_right_arithmetic(x: mx.array, s: mx.array) -> mx.array:
     return mx.right_shift(signed(x), signed(s)).view(x.dtype)
 
 
+# General form, and the one for amounts that are known to lie in [0, width)
+_SHIFTS: dict[str, tuple[Run, Run]] = {
+    "stablehlo.shift_left": (shift_left, mx.left_shift),
+    "stablehlo.shift_right_logical": (shift_right_logical, lambda x, s: mx.right_shift(unsigned(x), unsigned(s)).view(x.dtype)),
+    "stablehlo.shift_right_arithmetic": (shift_right_arithmetic, lambda x, s: mx.right_shift(signed(x), signed(s)).view(x.dtype)),
+}
+
+
+@lowers(*_SHIFTS)
+def shift(op: Step) -> Run:
+    """A rewrite that knows the amounts says so with the attribute `in_range`: one MLX op instead of three (threefry has 40 shifts)."""
+    general, in_range = _SHIFTS[op.name]
+    return in_range if op.attributes.get("in_range", False) else general
+
+
+mark_elementwise(*_SHIFTS)
+
+
 def popcnt(x: mx.array) -> mx.array:
     """Count in parallel in ever wider fields: pairs, nibbles, bytes, then add the bytes with one product."""
     width = WIDTH[x.dtype]
@@ -92,9 +111,6 @@ def count_leading_zeros(x: mx.array) -> mx.array:
 elementwise(
     {
         "stablehlo.not": not_,
-        "stablehlo.shift_left": shift_left,
-        "stablehlo.shift_right_logical": shift_right_logical,
-        "stablehlo.shift_right_arithmetic": shift_right_arithmetic,
         "stablehlo.popcnt": popcnt,
         "stablehlo.count_leading_zeros": count_leading_zeros,
         "stablehlo.and": mx.bitwise_and,

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from jax_mps.ops import bits
+from jax_mps.plan.types import Step, TensorType, Value
 
 from .harness import Case, check, check_exported
 from .test_elementwise import INTEGERS, each, edges, pairs
@@ -37,3 +38,13 @@ def test_counts_of_every_byte():
     x = np.arange(256, dtype=np.uint8)
     assert np.array(bits.popcnt(mx.array(x))).tolist() == [int(n).bit_count() for n in x]
     assert np.array(bits.count_leading_zeros(mx.array(x))).tolist() == [8 - int(n).bit_length() for n in x]
+
+
+@pytest.mark.parametrize("name", ["shift_left", "shift_right_logical", "shift_right_arithmetic"])
+def test_amounts_known_to_be_in_range(name):
+    """With the attribute that a rewrite sets, the result is the general form's."""
+    value = Value(TensorType((5,), "int16"))
+    x, s = mx.array([1, -1, -32768, 32767, 12], dtype=mx.int16), mx.array([0, 15, 3, 7, 1], dtype=mx.int16)
+    plain, checked = (bits.shift(Step(f"stablehlo.{name}", (value, value), (value,), a)) for a in ({"in_range": True}, {}))
+    assert plain(x, s).tolist() == checked(x, s).tolist()
+    assert plain(x, s).dtype == mx.int16
