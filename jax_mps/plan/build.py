@@ -72,21 +72,28 @@ def parse(code: bytes) -> ir.Module:
 
 
 def canonical(module: ir.Module) -> bytes:
-    """The module's text without locations and with a fixed name: what two programs that differ in neither meaning nor form share.
+    """The module as text without what has no meaning: locations, the names of the module and its functions, the names of results.
 
     Text, not bytecode: the bytecode's header names MLIR's version, and JAX's minor versions would share nothing.
     """
-    name = module.operation.attributes["sym_name"] if "sym_name" in module.operation.attributes else None
-    with module.context:
-        module.operation.attributes["sym_name"] = ir.StringAttr.get("main")
-    try:
-        text = module.operation.get_asm(enable_debug_info=False, print_generic_op_form=True, large_elements_limit=None)
-    finally:
-        if name is None:
-            del module.operation.attributes["sym_name"]
-        else:
-            module.operation.attributes["sym_name"] = name
-    return text.encode()
+    text = module.operation.get_asm(enable_debug_info=False, print_generic_op_form=True, large_elements_limit=None)
+    names: dict[str, str] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        if match["info"]:
+            return "jax.info"
+        name = match["defined"] or match["used"]
+        if not name or name == '"main"' or name == "main":
+            return match[0]
+        number = names.setdefault(name.strip('"'), f"f{len(names)}")
+        return f'sym_name = "{number}"' if match["defined"] else f"@{number}"
+
+    return _NAMED.sub(plain, text).encode()
+
+
+# Strings are matched first, so that what looks like a name inside one is left alone.
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_NAMED = re.compile(rf"(?P<info>jax\.(?:result_info|arg_info) = {_STRING})|sym_name = (?P<defined>{_STRING})|@(?P<used>{_STRING}|[\w.$-]+)|{_STRING}")
 
 
 def module_name(module: ir.Module) -> str:
