@@ -5,20 +5,22 @@ Imported before any other MLX work of ours: an imported function binds to the fi
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32; MLX reads this once, at its first product (not on CUDA: see below)
-
 import mlx.core as mx
 
 from jax_mps import blas
 from jax_mps._shim import lib
+from jax_mps.cache import paths
 from jax_mps.config import settings
 from jax_mps.errors import OutOfMemory
 
@@ -47,10 +49,31 @@ def device() -> Device:
     mlx = mx.default_device() if chosen == "auto" else mx.Device(mx.cpu if chosen == "cpu" else mx.gpu)
     blas.install()  # MLX's CPU engine comes with a reference BLAS on Linux; linear algebra runs there whatever the device
     kind = "cpu" if mlx.type == mx.cpu else ("metal" if mx.metal.is_available() else "cuda")
+    architecture = _architecture(mlx, kind)
+    # MLX reads these once, at its first product and its first compilation. On CUDA, JAX's default precision means TF32; elsewhere float32.
+    os.environ.setdefault("MLX_ENABLE_TF32", "1" if kind == "cuda" else "0")
+    if kind == "cuda":
+        os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
     stream = mx.new_thread_unsafe_stream(mlx)
     if kind != "cpu":
         mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-    return Device(mlx, kind, _architecture(mlx, kind), stream, first=_index(stream) == 0)
+    return Device(mlx, kind, architecture, stream, first=_index(stream) == 0)
+
+
+def _kernel_folder(architecture: str) -> str:
+    """Where MLX keeps the CUDA kernels that it compiles: private, since it runs what it finds; its files do not name the architecture."""
+    folder = None if paths.turned_off() else paths.cache_folder()
+    if folder is not None and paths.prepare(folder) is None:
+        kernels = folder / f"kernels-{mx.__version__}-{architecture.replace('/', '-')}"
+        try:
+            kernels.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            log.info("CUDA kernels are not kept on disk: %s", error)
+        else:
+            return str(kernels)
+    temporary = tempfile.mkdtemp(prefix="jax-mps-kernels-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 def _index(stream: Any) -> int:
