@@ -34,8 +34,8 @@ COMBINERS: dict[str, Combine] = {
 _LARGE = 8
 
 
-def writer(op: Step, kind: str, type_: TensorType) -> Put:
-    """How one operand's rows are written; `kind` is "set" or the name of a combiner.
+def writer(op: Step, kind: str, type_: TensorType, *, to_zeros: bool = False) -> Put:
+    """How one operand's rows are written; `kind` is "set" or the name of a combiner. to_zeros: the rows are known to be zero.
 
     Raises:
         Unsupported: the order of complex numbers.
@@ -53,7 +53,7 @@ def writer(op: Step, kind: str, type_: TensorType) -> Put:
     if wide_on_gpu and (dtype != "complex64" or kind != "stablehlo.add"):
         return _segmented(COMBINERS[kind])
     if kind == "stablehlo.add":
-        return _dropping(_add, -0.0 if type_.is_floating else 0)
+        return _add(to_zeros=to_zeros)
     if kind == "stablehlo.multiply":
         return _dropping(_multiply, 1)
     return _ordered(kind, dtype) if type_.is_floating else _extreme(kind)
@@ -135,14 +135,26 @@ def _set_words(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.arra
 # ---- MLX's combiners -------------------------------------------------------------------------------------------------------------
 
 
-def _add(rows: mx.array, index: mx.array, updates: mx.array) -> mx.array:
-    if device_kind() != "cpu" or _is_large(rows, updates):
-        return rows.at[index].add(updates)
-    elements = _elements(index, rows.shape[1])
-    # MLX has its fast scatter-add (10 times, for short rows) only as the transpose of take_along_axis
-    zeros = mx.zeros((rows.size,), rows.dtype)
+def _add(*, to_zeros: bool) -> Put:
+    in_place = _dropping(lambda rows, index, updates: rows.at[index].add(updates), -0.0)
+
+    def put(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
+        if device_kind() != "cpu" or (_is_large(rows, updates) and not to_zeros):
+            return in_place(rows, index, updates, fits)
+        sums = _sums(rows, index, updates, fits)
+        return sums if to_zeros else rows + sums
+
+    return put
+
+
+def _sums(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
+    """What is to be added to each row. MLX has its fast scatter-add (10 times, for short rows) only as the transpose of take_along_axis."""
+    count, row = rows.shape
+    index = index if fits is None else mx.where(fits, index, mx.array(count, index.dtype))
+    elements = _elements(index, row)
+    zeros = mx.zeros(((count + (fits is not None)) * row,), rows.dtype)
     _, (sums,) = mx.vjp(lambda flat: mx.take_along_axis(flat, elements, axis=0), [zeros], [mx.reshape(updates, (-1,))])
-    return rows + mx.reshape(sums, rows.shape)
+    return mx.reshape(sums[: count * row], rows.shape)
 
 
 def _multiply(rows: mx.array, index: mx.array, updates: mx.array) -> mx.array:

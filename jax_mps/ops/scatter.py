@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops.bodies import constant_of
 from jax_mps.ops.indexing import Windows, batch_shape, batching_axes, known
 from jax_mps.ops.registry import LoweredRegion, Run, lowers
 from jax_mps.ops.rows import COMBINERS, writer
 from jax_mps.ops.slices import clamp_starts
-from jax_mps.plan.types import Region, Step, TensorType
+from jax_mps.plan.types import Region, Step, Value
 
 
 @lowers("stablehlo.scatter")
@@ -31,7 +32,7 @@ def scatter(op: Step, update_computation: LoweredRegion) -> Run:
         return _one_window(op, windows, update_computation)
     kinds = [body_of(update_computation.region, i) for i in range(count)]
     if None not in kinds:
-        singles = [_many_windows(op, windows, kind, v.type) for kind, v in zip(kinds, op.results, strict=True) if kind is not None]
+        singles = [_many_windows(op, windows, kind, v) for kind, v in zip(kinds, op.operands[:count], strict=True) if kind is not None]
         return lambda *arrays: [run(arrays[i], arrays[count], arrays[count + 1 + i]) for i, run in enumerate(singles)]
     if op.unique_indices and update_computation.is_elementwise:
         return _unique(op, windows, update_computation)
@@ -157,10 +158,10 @@ def _fits(windows: Windows, indices: mx.array) -> mx.array | None:
 # ---- many windows ----------------------------------------------------------------------------------------------------------------
 
 
-def _many_windows(op: Step, windows: Windows, kind: str, type_: TensorType) -> Run:
+def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
     if kind == "keep":
         return lambda x, indices, update: x
-    put = writer(op, kind, type_)
+    put = writer(op, kind, operand.type, to_zeros=constant_of(operand) == 0)  # as in a gradient
     locate = _Rows(op, windows)
 
     def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:

@@ -326,27 +326,57 @@ def top_k(op: Step) -> Run:
 
 def _selection(key: Key, operand: TensorType, axis: int, k: int, index_dtype: str) -> Callable[[mx.array], list[mx.array]]:
     size = operand.shape[axis]
-    # Key and position in one integer: no two are equal, so a partition breaks ties as the spec wants (CPU: 6 times faster than argsort)
-    pack = 4 * k < size < 2**31 and BITS[operand.dtype] <= 32
+    find = _positions if BITS[operand.dtype] <= 32 and 4 * k < size < 2**31 else _first_of_all
 
     def run(x: mx.array) -> list[mx.array]:
-        order = ascending(x, key)
-        if pack:
-            position = mx.reshape(mx.arange(size, dtype=mx.int64), [-1 if d == axis else 1 for d in range(operand.rank)])
-            if order.dtype == mx.uint32:
-                order = (order ^ mx.array(1 << 31, mx.uint32)).view(mx.int32)
-            packed = (order.astype(mx.int64) << mx.array(32, mx.int64)) | position
-            best = mx.sort(_head(mx.partition(packed, k, axis=axis), axis, k), axis=axis)
-            index = best & mx.array(0xFFFFFFFF, mx.int64)
-        else:
-            index = _head(mx.argsort(order, axis=axis), axis, k)
+        order = mx.moveaxis(ascending(x, key), axis, -1)
+        index = mx.moveaxis(find(order, k), -1, axis)
         return [mx.take_along_axis(x, index, axis=axis), index.astype(MX[index_dtype])]
 
     return run
 
 
-def _head(x: mx.array, axis: int, k: int) -> mx.array:
-    return x[(slice(None),) * axis + (slice(0, k),)]
+def _first_of_all(order: mx.array, k: int) -> mx.array:
+    return mx.argsort(order, axis=-1)[..., :k]
+
+
+def _positions(order: mx.array, k: int) -> mx.array:
+    """Positions of the k smallest, in order, the first of equal ones first. CPU: 6 to 20 times faster than an argsort.
+
+    The k smallest lie in those k blocks whose own smallest come first, so that only these blocks are looked at closely.
+    """
+    order = _signed_words(order)
+    size, block = order.shape[-1], _block(order.shape[-1], k)
+    if not block:
+        return _smallest(order, mx.arange(size, dtype=mx.int64), k)
+    count = -(-size // block)
+    if count * block > size:
+        order = mx.pad(order, [(0, 0)] * (order.ndim - 1) + [(0, count * block - size)], constant_values=mx.array(2**31 - 1, mx.int32))
+    blocks = mx.reshape(order, (*order.shape[:-1], count, block))
+    chosen = _smallest(mx.min(blocks, axis=-1), mx.arange(count, dtype=mx.int64), k)[..., None]
+    near = mx.take_along_axis(blocks, chosen, axis=-2)
+    place = chosen * mx.array(block, mx.int64) + mx.arange(block, dtype=mx.int64)
+    flat = (*order.shape[:-1], k * block)
+    return _smallest(mx.reshape(near, flat), mx.reshape(place, flat), k)
+
+
+def _block(size: int, k: int) -> int:
+    """Elements in a block, 0 where blocks do not pay: about as many blocks as elements in k of them."""
+    block = 1 << max(3, math.isqrt(size // k).bit_length())
+    return block if size > 1024 and 8 * k * block < size else 0
+
+
+def _smallest(order: mx.array, place: mx.array, k: int) -> mx.array:
+    """The `place` of the k smallest: key and place in one integer, no two equal, so that a partition breaks ties as the spec wants."""
+    packed = (order.astype(mx.int64) << mx.array(32, mx.int64)) | place
+    best = mx.sort(mx.partition(packed, k, axis=-1)[..., :k] if k < packed.shape[-1] else packed, axis=-1)
+    return best & mx.array(0xFFFFFFFF, mx.int64)
+
+
+def _signed_words(order: mx.array) -> mx.array:
+    if order.dtype == mx.uint32:
+        return (order ^ mx.array(1 << 31, mx.uint32)).view(mx.int32)
+    return order.astype(mx.int32)
 
 
 @lowers("custom_call:mhlo.topk")
