@@ -80,9 +80,7 @@ def partition(plan: Plan, target: Target) -> DraftBlock:
     Raises:
         Unsupported: a step that neither the device nor the host can run, or that only the host can while it is forbidden.
     """
-    cutter = _Cutter(target)
-    body = loops.unroll_short(plan.body, {}, lambda step: cutter.refusal(step) is None)
-    return cutter.block(own_results(body, plan.donated), ())
+    return _Cutter(target).block(own_results(plan.body, plan.donated), ())
 
 
 def own_results(body: Region, donated: Sequence[int]) -> Region:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxlib.mlir import ir
@@ -15,11 +16,12 @@ from jax_mps.errors import InvalidProgram, Unsupported
 from jax_mps.ops import load_all
 from jax_mps.ops.registry import LoweredStep, has_lowering
 from jax_mps.host.xla import host_function
-from jax_mps.plan import build, export, segments
+from jax_mps.plan import build, export, loops, segments
 from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Plan, Step, Value
 from jax_mps.counters import count
+from jax_mps.rewrites import rewrite
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,10 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     plan = build.build(module, claims)
     if plan.num_replicas * plan.num_partitions > 1:
         raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; this backend has one device")
-    draft = partition(plan, target())
+    where = target()
+    unrolled = loops.unroll_short(plan.body, {}, lambda step: is_device_step(step) and refusal(step) is None)
+    plan = rewrite(replace(plan, body=unrolled))
+    draft = partition(plan, where)
     files = ExportedFiles()
     block = _Assembler(files).block(draft)
     parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
