@@ -1,6 +1,6 @@
 """Writes pjrt_abi.h and layout.inc from the facts in tests/shim/pjrt_abi.json.
 
-    python cshim/generate_abi.py        # only when the facts change; the output is committed
+python cshim/generate_abi.py        # only when the facts change; the output is committed
 """
 
 import json

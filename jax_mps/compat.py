@@ -98,7 +98,21 @@ def register_plugin(capsule: Any, *, priority: int) -> None:
     """Make the platform known to JAX, with the PJRT table in the capsule."""
     from jax._src import xla_bridge
 
-    xla_bridge.register_plugin(PLATFORM, priority=priority, c_api=capsule)
+    try:
+        xla_bridge.register_plugin(PLATFORM, priority=priority, c_api=capsule, factory=_make_client)
+    except TypeError as error:
+        _turn_off(_CPU, error)
+        xla_bridge.register_plugin(PLATFORM, priority=priority, c_api=capsule)
+
+
+def _make_client() -> Any:
+    """The client, as JAX would make it; with JAX_PLATFORMS=mps, JAX's cpu client beside it. JAX holds its lock around this."""
+    from jax._src import xla_bridge
+
+    client = xla_bridge.make_pjrt_c_api_client(PLATFORM)
+    _states.pop(_CPU, None)
+    _install({_CPU: functools.partial(_cpu_beside, client)})
+    return client
 
 
 # ---- features ----------------------------------------------------------------------------------------------------------------------
@@ -137,10 +151,14 @@ def _install(table: dict[str, Callable[[], None]]) -> None:
         try:
             turn_on()
         except Exception as error:  # any change in JAX must cost this feature only
-            _states[name] = f"off: {type(error).__name__}: {error}"
-            log.warning("with this version of jax, mps goes without %r: %s: %s", name, type(error).__name__, error)
+            _turn_off(name, error)
         else:
             _states[name] = "on"
+
+
+def _turn_off(name: str, error: Exception) -> None:
+    _states[name] = f"off: {type(error).__name__}: {error}"
+    log.warning("with this version of jax, mps goes without %r: %s: %s", name, type(error).__name__, error)
 
 
 def features() -> dict[str, str]:
@@ -156,11 +174,16 @@ def _nonexperimental() -> None:
     xla_bridge._nonexperimental_plugins.add(PLATFORM)
 
 
-@_feature("cpu beside mps", _before)
-def _cpu_beside() -> None:
-    """JAX_PLATFORMS=mps is enough: callbacks put their arguments on JAX's cpu devices. The default stays mps."""
-    if jax_config().jax_platforms == PLATFORM:
-        jax_config().update("jax_platforms", f"{PLATFORM},cpu")
+_CPU = "cpu beside mps"
+
+
+def _cpu_beside(client: Any) -> None:
+    """JAX_PLATFORMS=mps is enough: callbacks put their arguments on JAX's cpu devices. The flag and the default stay mps."""
+    from jax._src import xla_bridge
+
+    if jax_config().jax_platforms == PLATFORM and "cpu" not in xla_bridge._backends:
+        cpu = xla_bridge._init_backend("cpu")
+        xla_bridge._backends.update({PLATFORM: client, "cpu": cpu})
 
 
 @_feature("donation", _after)
@@ -283,14 +306,12 @@ def _emit(
     *,
     has_side_effect: bool,
     returns_token: bool = True,
+    sharding: Any = None,
     **options: Any,
 ) -> tuple[Sequence[Any], Any, Any]:
-    """JAX's `emit_python_callback`; for mps, a custom call that names the function's entry in our table.
-
-    Shardings (in `options`) say which device calls back; there is one.
-    """
+    """JAX's `emit_python_callback`; for mps, a custom call that names the function's entry in our table."""
     if tuple(ctx.module_context.platforms) != (PLATFORM,):
-        given = {"has_side_effect": has_side_effect, "returns_token": returns_token, **options}
+        given = {"has_side_effect": has_side_effect, "returns_token": returns_token, "sharding": sharding, **options}
         return original(ctx, callback, token, operands, operand_avals, result_avals, **given)  # type: ignore[no-any-return]
 
     from jaxlib.mlir import ir
@@ -310,8 +331,21 @@ def _emit(
         backend_config=ir.StringAttr.get(entry.marker),
         api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 2),
     )
+    if sharding is not None:
+        _annotate(ctx.module_context, call, sharding, first_is_token=bool(tokens and types))
     results = list(call.results)
     return (results[1:], results[0], entry) if tokens else (results, None, entry)
+
+
+def _annotate(module: Any, call: Any, sharding: Any, *, first_is_token: bool) -> None:
+    """Say which device calls back. Shardy wants an annotation for each result, JAX gives none for the token."""
+    from jax._src.interpreters import mlir
+    from jax._src.named_sharding import SdyArray, SdyArrayList
+
+    if first_is_token and isinstance(sharding, SdyArrayList):
+        token = SdyArray(mesh_shape=(), dim_shardings=(), logical_device_ids=sharding.shardings[0].logical_device_ids)
+        sharding = SdyArrayList((token, *sharding.shardings))
+    mlir.set_sharding(module, call, sharding)
 
 
 def _flat(operands: Sequence[Any]) -> list[Any]:

@@ -46,7 +46,7 @@ SHOW = "import jax, sys; print(jax.default_backend(), jax.config.jax_platforms, 
 @pytest.mark.parametrize(
     ("platforms", "shown"),
     [
-        (None, "mps None True"), ("", "mps  True"), ("mps", "mps mps,cpu True"), ("mps,cpu", "mps mps,cpu True"),
+        (None, "mps None True"), ("", "mps  True"), ("mps", "mps mps True"), ("mps,cpu", "mps mps,cpu True"),
         ("cpu,mps", "cpu cpu,mps True"), ("cpu", "cpu cpu False"),
     ],
     ids=str,
@@ -56,6 +56,20 @@ def test_which_platform_is_the_default(own: Path, platforms: str | None, shown: 
     out = run(SHOW, platforms, own)
     assert out.splitlines()[0].replace("None", "").split() == shown.replace("None", "").split()
     assert "experimental" not in out
+
+
+def test_cpu_is_beside(own: Path) -> None:
+    """JAX_PLATFORMS=mps alone has cpu devices for callbacks, before and after the backends are cleared; the flag is left alone."""
+    code = """
+import jax, jax.numpy as jnp, jax.extend.backend
+def show():
+    print(jax.default_backend(), jax.devices()[0].platform, jax.devices("cpu")[0].platform, jax.config.jax_platforms)
+    print(jax.jit(lambda x: jax.pure_callback(lambda a: a * 2, x, x))(jnp.ones(2)))
+show()
+jax.extend.backend.clear_backends()
+show()
+"""
+    assert run(code, "mps", own).splitlines() == ["mps mps cpu mps", "[2. 2.]"] * 2
 
 
 def test_another_plugin_of_the_name(own: Path, tmp_path: Path) -> None:

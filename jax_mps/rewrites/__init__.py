@@ -7,8 +7,9 @@ from jax_mps.rewrites import constants, table
 from jax_mps.rewrites.table import Rewrite
 
 TABLE: tuple[Rewrite, ...] = (
-    Rewrite("shift in range", constants.shift_in_range, "first: it reads constants as the module has them"),
-    Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, "after loops were unrolled: their counters are constants then"),
+    Rewrite("index arithmetic", constants.fold_index_arithmetic, "first: the others look for constants"),
+    Rewrite("shift in range", constants.shift_in_range, "once amounts are folded"),
+    Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, "last: its starts are folded by then"),
 )
 
 

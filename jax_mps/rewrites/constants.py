@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,32 @@ def shift_in_range(step: Step, producers: Producers) -> Step | None:
     if amount is None or not np.all((amount.astype(np.int64) >= 0) & (amount.astype(np.int64) < bits)):
         return None
     return replace(step, attributes={**step.attributes, "in_range": True})
+
+
+_COMPARISONS = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
+_FOLDED: dict[str, Callable[..., Any]] = {
+    "stablehlo.add": np.add, "stablehlo.subtract": np.subtract, "stablehlo.multiply": np.multiply,
+    "stablehlo.minimum": np.minimum, "stablehlo.maximum": np.maximum, "stablehlo.select": np.where,
+    "stablehlo.convert": lambda x: x, "stablehlo.reshape": lambda x: x,
+}  # fmt: skip
+
+
+def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
+    """Integer scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices."""
+    if not step.operands or step.result.rank or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in (*step.operands, *step.results)):
+        return None
+    if step.name == "stablehlo.compare":
+        function = _COMPARISONS[step.comparison_direction]
+    elif step.name in _FOLDED and step.operand.dtype != "bool" or step.name == "stablehlo.select":
+        function = _FOLDED[step.name]
+    else:
+        return None
+    values = [constant_of(v, producers) for v in step.operands]
+    if any(v is None for v in values):
+        return None
+    with np.errstate(over="ignore"):  # integers wrap, as the spec's do
+        value = np.asarray(function(*values)).astype(numpy_dtype(step.result.dtype))
+    return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 
 
 def dynamic_slice_at_constants(step: Step, producers: Producers) -> Step | None:

@@ -245,7 +245,7 @@ SCATTERS += [
     selected("int8_wraps", t="i8", source="5x5", s="1, 1"),
     selected("overlap_max", source="5x5", s="1, 1", scatter="maximum", init=-3),
     selected("multiply", source="5x5", s="1, 1", scatter="multiply", init=1),
-    selected("padded", source="4x4", p="[[1, 2], [2, 1]]", init=2),
+    selected("padded", source="4x4", p="[[1, 2], [2, 1]]"),
     selected("gaps", source="2x2", w="2, 1", s="4, 4", init=2),
 ]
 

@@ -39,7 +39,7 @@ def test_dynamic_slice_at_a_constant(start: int) -> None:
     case = Case("slice", lambda x: lax.dynamic_slice(x, (jnp.int32(start),), (4,)), (X,))
     plan = rewrite(plan_of(case))
     assert "dynamic_slice" not in names(plan)
-    assert plan.steps[-1].start_indices == (min(max(start, 0), 8),)
+    assert plan.steps[-1].start_indices == (min(max(start + 12 * (start < 0), 0), 8),)  # JAX counts from the end, the spec clamps
     assert_same(run_on_mlx(case), reference(case), case)
 
 

@@ -5,7 +5,6 @@ import threading
 import time
 
 import numpy as np
-
 from shim import toy
 from shim.toy import counts, log
 

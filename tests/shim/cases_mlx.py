@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from shim import toy  # noqa: E402
+from shim import toy
 
 jax = toy.start("mlx")
 jnp = jax.numpy

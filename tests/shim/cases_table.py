@@ -5,7 +5,6 @@ import threading
 import time
 
 import numpy as np
-
 from shim import toy
 from shim.table import PjrtError, Table, ffi
 from shim.toy import Thunk, counts, log
@@ -690,7 +689,10 @@ def case_metadata():
     dims = table.Executable_OutputDimensions(executable=exe)
     assert list(dims.dim_sizes[0 : dims.num_outputs]) == [2] * 3
     assert list(dims.dims[0:6]) == [2, 3] * 3
-    for kinds, count in ((table.Executable_OutputMemoryKinds(executable=exe), 3), (table.Executable_ParameterMemoryKinds(executable=exe), 2)):
+    for kinds, count in (
+        (table.Executable_OutputMemoryKinds(executable=exe), 3),
+        (table.Executable_ParameterMemoryKinds(executable=exe), 2),
+    ):
         assert getattr(kinds, "num_outputs" if count == 3 else "num_parameters") == count
         assert [ffi.string(kinds.memory_kinds[i]) for i in range(count)] == [b"device"] * count
     stats = table.Executable_GetCompiledMemoryStats(executable=exe)
@@ -870,7 +872,7 @@ def case_nothing_leaks():
     def once():
         x, y = put(1, 2, 3, 4), put(1, 1, 1, 1)
         (a,), _ = table.execute(donating, [x, y])
-        (b,), done = table.execute(job, [a])
+        (b,), _done = table.execute(job, [a])
         (c,), _ = table.execute(fail, [b])
         (d,), _ = table.execute(bad_job, [b])
         (e,), _ = table.execute(double, [d])

@@ -30,7 +30,7 @@ _shim = load_shim()
 ffi, lib = _shim.ffi, _shim.lib
 
 DTYPES = {"i1": (1, np.bool_), "i32": (4, np.int32), "f32": (11, np.float32), "f64": (12, np.float64)}
-NUMPY = {number: dtype for number, dtype in DTYPES.values()} | {6: np.uint8, 8: np.uint32, 5: np.int64, 9: np.uint64}
+NUMPY = dict(DTYPES.values()) | {6: np.uint8, 8: np.uint32, 5: np.int64, 9: np.uint64}
 log = []  # what the hooks were asked, in order
 gate = threading.Event()  # jobs named "wait" wait for it
 gate.set()
