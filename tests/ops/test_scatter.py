@@ -163,6 +163,8 @@ WIDE = [
       for op in ("set", "add", "multiply", "min", "max") for d in ("int64", "uint64")],
 ]  # fmt: skip
 
+GPU_WAYS = ("int64", "complex", "add", "elements", "apart", "large", "embedding", "and_", "unique")
+
 REFUSED = [
     Case("two_ops", text(TWICE), (X, REPEATED, U[:3])),
     Case("last_op_is_maximum", text(LOGADDEXP), (X, REPEATED, U[:3])),
@@ -182,6 +184,14 @@ def test_scatter(case):
 def test_64_bits(case):
     """Indices beyond int32 are out of bounds, not somewhere else; 64-bit elements are exact."""
     with jax.enable_x64(True):
+        check(case)
+
+
+@pytest.mark.parametrize("case", [c for c in (*CASES, *WIDE) if any(way in c.name for way in GPU_WAYS)], ids=str)
+def test_as_on_a_gpu(case, monkeypatch):
+    """The ways that a GPU needs (rows, pairs of words, no 64-bit combiners) mean the same."""
+    monkeypatch.setattr("jax_mps.ops.rows.device_kind", lambda: "cuda")
+    with jax.enable_x64(case in WIDE):
         check(case)
 
 

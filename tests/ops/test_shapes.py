@@ -139,6 +139,13 @@ def test_dynamic(case, static):
     np.testing.assert_array_equal(got, static(*case.args))
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith(("reverse", "views"))], ids=str)
+def test_reverse_on_metal(case, monkeypatch):
+    """Without views of negative stride."""
+    monkeypatch.setattr("jax_mps.ops.shapes.device_kind", lambda: "metal")
+    check_both(case)
+
+
 def test_set_dimension_size():
     """A size known only at run time is refused."""
     program = module("set_dimension_size", "4xf32", "4xf32", "i32", attributes=", dim = 0")
