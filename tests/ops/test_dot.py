@@ -182,5 +182,5 @@ def test_algorithm_met_by_more(name):
 
 def test_algorithm_refused():
     """One that asks for float64 is not."""
-    with pytest.raises(Unsupported, match="f64|float64"):
+    with pytest.raises(Unsupported, match=r"f64|float64"):
         run_on_mlx(Case("f64", dims(((1,), (0,)), precision=lax.DotAlgorithmPreset.F64_F64_F64), (normal(3, 3), normal(3, 3))))
