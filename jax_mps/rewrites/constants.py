@@ -35,7 +35,7 @@ _FOLDED: dict[str, Callable[..., Any]] = {
 
 def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
     """Integer scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices."""
-    if not step.operands or step.result.rank or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in (*step.operands, *step.results)):
+    if not step.operands or not step.results or step.result.rank or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in (*step.operands, *step.results)):
         return None
     if step.name == "stablehlo.compare":
         function = _COMPARISONS[step.comparison_direction]
