@@ -6,6 +6,7 @@ Several windows become linear indices (ops/indexing.py) into rows of the operand
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +32,8 @@ def scatter(op: Step, update_computation: LoweredRegion) -> Run:
     if windows.count == 1:
         return _one_window(op, windows, update_computation)
     kinds = [body_of(update_computation.region, i) for i in range(count)]
+    if windows.count <= _FEW and (None in kinds or math.prod(windows.sizes) >= _BIG) and update_computation.is_elementwise:
+        return _few_windows(op, windows, update_computation, is_set=set(kinds) == {"set"})
     if None not in kinds:
         singles = [_many_windows(op, windows, kind, v) for kind, v in zip(kinds, op.operands[:count], strict=True) if kind is not None]
         return lambda *arrays: [run(arrays[i], arrays[count], arrays[count + 1 + i]) for i, run in enumerate(singles)]
@@ -86,16 +89,15 @@ def _one_window(op: Step, windows: Windows, body: LoweredRegion) -> Run:
 
     def run(*arrays: mx.array) -> list[mx.array]:
         inputs, indices, updates = arrays[:count], arrays[count], arrays[count + 1 :]
-        window = _Window(windows, indices, place)
+        window = _Window(windows.shape, windows.sizes, tuple(windows.moving))
+        if place:
+            window.place = place
+        else:
+            fits = _fits(windows, indices)
+            window.fits = None if fits is None else mx.reshape(fits, ())
+            window.start = mx.reshape(windows.starts(indices), (-1,)) if windows.moving else None
         new = [mx.reshape(u, windows.sizes) for u in updates]
-        if all(plain_set) and window.fits is None:
-            return [window.write(x, n) for x, n in zip(inputs, new, strict=True)]
-        old = [window.read(x) for x in inputs]
-        if not all(plain_set):
-            new = [mx.broadcast_to(n, windows.sizes) for n in body(*old, *new)]
-        if window.fits is not None:
-            new = [mx.where(window.fits, n, o) for n, o in zip(new, old, strict=True)]
-        return [window.write(x, n) for x, n in zip(inputs, new, strict=True)]
+        return window.update(inputs, new, None if all(plain_set) else body)
 
     return run
 
@@ -116,33 +118,69 @@ def _static_place(windows: Windows, vector: np.ndarray[Any, Any] | None) -> Plac
 
 
 class _Window:
-    """The only window, where it is known (`place`) or where the clamped indices say; `fits` is a scalar, None if it is known to fit."""
+    """One window: where it is known (`place`), or from clamped starts along `axes`; `fits` is a scalar, None if it is known to fit."""
 
-    __slots__ = ("fits", "moving", "place", "sizes", "start", "whole")
+    __slots__ = ("axes", "fits", "place", "sizes", "start", "whole")
 
-    def __init__(self, windows: Windows, indices: mx.array, place: Place) -> None:
-        self.place, self.sizes, self.moving = place, windows.sizes, tuple(windows.moving)
-        self.whole = windows.sizes == windows.shape
-        self.fits = None if place else _fits(windows, indices)
-        self.fits = None if self.fits is None else mx.reshape(self.fits, ())
-        self.start = mx.reshape(windows.starts(indices), (len(self.moving),)) if self.moving and not place else None
+    def __init__(self, shape: tuple[int, ...], sizes: tuple[int, ...], axes: tuple[int, ...]) -> None:
+        self.sizes, self.axes, self.whole = sizes, axes, sizes == shape
+        self.place: Place = tuple(slice(0, s) for s in sizes)
+        self.start: mx.array | None = None
+        self.fits: mx.array | None = None
+
+    def update(self, inputs: Sequence[mx.array], updates: list[mx.array], body: LoweredRegion | None) -> list[mx.array]:
+        """Combine by the body (None: set) and write back."""
+        if body is None and self.fits is None:
+            return [self.write(x, u) for x, u in zip(inputs, updates, strict=True)]
+        old = [self.read(x) for x in inputs]
+        if body is not None:
+            updates = [mx.broadcast_to(u, self.sizes) for u in body(*old, *updates)]
+        if self.fits is not None:
+            updates = [mx.where(self.fits, u, o) for u, o in zip(updates, old, strict=True)]
+        return [self.write(x, u) for x, u in zip(inputs, updates, strict=True)]
 
     def read(self, x: mx.array) -> mx.array:
         if self.whole:
             return x
-        return x[self._static()] if self.start is None else mx.slice(x, self.start, self.moving, self.sizes)
+        return x[self.place] if self.start is None else mx.slice(x, self.start, self.axes, self.sizes)
 
     def write(self, x: mx.array, window: mx.array) -> mx.array:
         if self.whole:
             return window
         if self.start is not None:
-            return mx.slice_update(x, window, self.start, self.moving)
-        x = x[...]
-        x[self._static()] = window
+            return mx.slice_update(x, window, self.start, self.axes)
+        x = x[...]  # assignment changes the Python object
+        x[self.place] = window
         return x
 
-    def _static(self) -> Place:
-        return self.place or tuple(slice(0, s) for s in self.sizes)
+
+# ---- few windows -----------------------------------------------------------------------------------------------------------------
+
+_FEW, _BIG = 16, 4096  # windows; elements of one
+
+
+def _few_windows(op: Step, windows: Windows, body: LoweredRegion, *, is_set: bool) -> Run:
+    """One after the other: any body, whatever repeats, and no index for each element of big windows."""
+    count, locate = len(op.results), _Rows(op, windows)
+    batching = {d: axis for d, axis in windows.batching.items() if windows.shape[d] > 1}
+    axes = (*windows.moving, *batching)
+    fixed = np.array([[at[axis] for axis in batching.values()] for at in np.ndindex(*windows.batch)], np.int32)
+
+    def run(*arrays: mx.array) -> list[mx.array]:
+        current, indices = list(arrays[:count]), arrays[count]
+        parts = [mx.reshape(windows.starts(indices), (windows.count, -1))] if windows.moving else []
+        parts += [mx.array(fixed)] if batching else []
+        starts = mx.concatenate(parts, axis=1) if parts else None
+        fits = None if locate.known_to_fit else _fits(windows, indices)
+        updates = [mx.reshape(mx.transpose(u, locate.order), (windows.count, *windows.sizes)) for u in arrays[count + 1 :]]
+        for i in range(windows.count):
+            window = _Window(windows.shape, windows.sizes, axes)
+            window.start = None if starts is None else starts[i]
+            window.fits = None if fits is None else mx.reshape(fits, (-1,))[i]
+            current = window.update(current, [u[i] for u in updates], None if is_set else body)
+        return current
+
+    return run
 
 
 def _fits(windows: Windows, indices: mx.array) -> mx.array | None:

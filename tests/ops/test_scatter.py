@@ -147,6 +147,9 @@ CASES = [
     Case("large_operand_set_none_fits", lambda x, i, u: x.at[i].set(u), (np.ones((4000, 7), np.float32), np.full(7, 9999, np.int32), U)),
     Case("large_operand_add", lambda x, i, u: x.at[i].add(u), (np.zeros((4000, 7), np.float32), SPARSE, U), **SUM),
     Case("large_operand_max", lambda x, i, u: x.at[i].max(u), (np.zeros((4000, 7), np.float32), SPARSE, NAN_UPDATES)),
+    Case("big_windows", lambda x, i, u: x.at[i].set(u), (np.zeros((5, 4100), np.float32), I[[0, 2, 0]], np.full((3, 4100), 2, np.float32))),
+    Case("big_windows_add", jax.vmap(lambda x, i, u: x.at[i].add(u)), (np.zeros((2, 5, 4100)), I[:6].reshape(2, 3), np.ones((2, 3, 4100)))),
+    Case("big_windows_vmap", jax.vmap(updating), (np.zeros((3, 90, 70)), I[:6].reshape(3, 2), np.ones((3, 80, 60)))),
     Case("grad_set", jax.grad(lambda x, i, u: (x.at[i].set(u) ** 2).sum(), (0, 2)), (X, np.array([5, 9, 2, 3, 1, -9, 0], np.int32), U)),
     Case("grad_add", jax.grad(lambda x, i, u: (x.at[i].add(u) ** 2).sum(), (0, 2)), (X, I, U), **SUM),
     Case("grad_max", jax.grad(lambda x, i: (jax.ops.segment_max(x, i, 3) ** 2).sum()), (X, np.array([0, 1, 2, 1, 2, 2], np.int32))),
@@ -165,7 +168,7 @@ WIDE = [
 
 GPU_WAYS = ("int64", "complex", "add", "elements", "apart", "large", "embedding", "and_", "unique")
 
-REFUSED = [
+ODD_BODIES = [
     Case("two_ops", text(TWICE), (X, REPEATED, U[:3])),
     Case("last_op_is_maximum", text(LOGADDEXP), (X, REPEATED, U[:3])),
     Case("apply_may_repeat", lambda x, i: x.at[i].apply(jnp.sin), (X, I)),
@@ -195,9 +198,16 @@ def test_as_on_a_gpu(case, monkeypatch):
         check(case)
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=str)
-def test_refused(case):
-    """A body that cannot be applied in any order, with indices that may repeat, is left to the host."""
+@pytest.mark.parametrize("case", ODD_BODIES, ids=str)
+def test_few_windows(case):
+    """A few windows are written one after the other, by any body."""
+    check_both(case)
+
+
+@pytest.mark.parametrize("case", ODD_BODIES, ids=str)
+def test_refused(case, monkeypatch):
+    """With more of them, a body that cannot be applied in any order is left to the host."""
+    monkeypatch.setattr("jax_mps.ops.scatter._FEW", 1)
     with pytest.raises(Unsupported, match="indices that may repeat"):
         run_on_mlx(case)
 
