@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from jax_mps import blas
+from jax_mps import allocator, blas
 from jax_mps._shim import lib
 from jax_mps.cache import paths
 from jax_mps.config import settings
@@ -54,6 +54,8 @@ def device() -> Device:
     os.environ.setdefault("MLX_ENABLE_TF32", "1" if kind == "cuda" else "0")
     if kind == "cuda":
         os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
+    if kind == "cpu":
+        allocator.keep_blocks()
     stream = mx.new_thread_unsafe_stream(mlx)
     if kind != "cpu":
         mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
