@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 class Device:
     """MLX's device and the streams that all our work runs on.
 
+    beside: on a GPU, our CPU stream, where an imported function reads its constants (on a thread's own one, no other thread could use them).
     first: whether ours are the first streams of the process; if the user's own MLX work came before, imported functions would bind to
     the user's stream, so programs are translated anew in this process.
     """
@@ -39,6 +40,7 @@ class Device:
     kind: str  # "cpu", "cuda" or "metal"
     architecture: str
     stream: Any
+    beside: Any
     first: bool
 
 
@@ -57,9 +59,8 @@ def device() -> Device:
     if kind == "cpu":
         allocator.keep_blocks()
     stream = mx.new_thread_unsafe_stream(mlx)
-    if kind != "cpu":
-        mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-    return Device(mlx, kind, architecture, stream, first=_index(stream) == 0)
+    beside = None if kind == "cpu" else mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
+    return Device(mlx, kind, architecture, stream, beside, first=_index(stream) == 0)
 
 
 def _kernel_folder(architecture: str) -> str:
@@ -100,10 +101,17 @@ def locked() -> Iterator[None]:
     """Hold the process-wide lock, with our stream as MLX's default."""
     lib.shim_lock()
     try:
-        with mx.stream(device().stream):
+        with our_streams():
             yield
     finally:
         lib.shim_unlock()
+
+
+@contextmanager
+def our_streams() -> Iterator[None]:
+    """Our streams as MLX's defaults on this thread."""
+    with mx.stream(device().beside or device().stream), mx.stream(device().stream):
+        yield
 
 
 @contextmanager
@@ -157,9 +165,8 @@ def available_memory() -> int | None:
         except OSError:
             return None
         return None
-    info = mx.device_info(device().mlx)
-    size = info.get("memory_size") or info.get("max_recommended_working_set_size")
-    return int(size) - mx.get_active_memory() if size else None
+    size = memory_limit()
+    return size - mx.get_active_memory() if size else None
 
 
 def memory_limit() -> int:
@@ -167,7 +174,7 @@ def memory_limit() -> int:
     if device_kind() == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     info = mx.device_info(device().mlx)
-    return int(info.get("memory_size") or info.get("max_recommended_working_set_size") or 0)
+    return int(info.get("total_memory") or info.get("memory_size") or info.get("max_recommended_working_set_size") or 0)
 
 
 def tf32() -> str:

@@ -8,3 +8,4 @@ import tempfile
 # Before jax is imported by any test module: both platforms, so that XLA's CPU backend is the reference.
 os.environ["JAX_PLATFORMS"] = "mps,cpu"
 os.environ.setdefault("JAX_MPS_CACHE_DIR", tempfile.mkdtemp(prefix="jax-mps-test-"))
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on CUDA, float32 products are TF32 by default: too coarse for the tables

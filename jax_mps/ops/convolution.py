@@ -103,7 +103,8 @@ def _convolve(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     if device_kind() == "cpu" and floating:
         x, w = x.astype(mx.float32), w.astype(mx.float32)
     elif floating and conv.rank in (1, 2, 3) and not (conv.rank == 3 and conv.groups > 1) and not (_is_slice(conv) and conv.groups == 1):
-        return _by_mlx(x, w, conv)
+        dilated = max(conv.lhs_dilation) > 1 and device_kind() == "cuda"
+        return _by_phases(x, w, conv) if dilated and not _is_halved(conv) else _by_mlx(x, w, conv)
     if max(conv.lhs_dilation, default=1) > 1:
         return _by_phases(x, w, conv)
     x = _padded(x, conv)
@@ -122,6 +123,9 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     padding, dilation = conv.padding, conv.lhs_dilation
     if any(side < 0 for sides in padding for side in sides):  # with a dilated input MLX cuts before it dilates
         x, padding, dilation = _padded(_dilated(x, conv), conv), ((0, 0),) * conv.rank, (1,) * conv.rank
+    flip = max(dilation) > 1 and device_kind() == "cuda"
+    if flip:
+        w = _reversed(w, conv.kernels[2:])
     low, high = [sides[0] for sides in padding], [sides[1] for sides in padding]
     x = _batch_to_features(mx.transpose(x, _features_last(conv.inputs)), conv.batch_groups)
     w = mx.transpose(w, _features_last(conv.kernels))
@@ -132,9 +136,18 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
         kernel_dilation=conv.rhs_dilation,
         input_dilation=dilation,
         groups=conv.groups,
+        flip=flip,
     )
     out = split(multiply, x, w) if conv.precise and device_kind() == "cuda" and x.dtype == mx.float32 else multiply(x, w)
     return mx.transpose(out.astype(dtype), _inverse(_features_last(conv.outputs)))
+
+
+def _is_halved(conv: _Conv) -> bool:
+    """The gradient of a convolution of stride 2 for its input. MLX 0.32.4 on CUDA ignores the input's dilation unless it is told to flip
+    the kernel, and takes a plan of another dilation from its cache: so only this form goes there, and always flipped."""
+    reach = [(size - 1) * by for size, by in zip(conv.size, conv.rhs_dilation, strict=True)]
+    inside = all(0 <= low <= most and high >= 0 for (low, high), most in zip(conv.padding, reach, strict=True))
+    return set(conv.lhs_dilation) == {2} and set(conv.strides) == {1} and conv.groups == 1 and inside
 
 
 def _features_last(axes: Ints) -> Ints:

@@ -23,7 +23,7 @@ def product(a: mx.array, b: mx.array, dtype: str, *, precise: bool = False) -> m
 
     precise: float32 products keep float32's accuracy on CUDA too, where the default is TF32.
     """
-    if a.shape[-1] == 0:
+    if 0 in (a.shape[-1], a.shape[-2], b.shape[-1], *_batch(a, b)):  # on CUDA, MLX's would be the end of the process
         return mx.zeros((*_batch(a, b), a.shape[-2], b.shape[-1]), MX[dtype])
     if dtype == "bool":
         return product(a.astype(mx.float32), b.astype(mx.float32), "float32") > 0

@@ -132,7 +132,7 @@ def with_big_stack(work: Callable[[], T], deep: bool) -> T:
 
     def run() -> None:
         try:
-            with mx.stream(runtime.device().stream):
+            with runtime.our_streams():
                 result.append(work())
         except BaseException as error:  # handed to the caller's thread below
             failure.append(error)
