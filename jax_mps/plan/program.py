@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps import runtime
+from jax_mps.counters import count
 from jax_mps.plan.segments import Block, Device, Host, Manifest, Segment, type_from_json, type_to_json
 from jax_mps.plan.types import TensorType
-from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.plan.loops import Counter
-from jax_mps.plan.types import DEVICE_DTYPES, TensorType, numpy_dtype
+from jax_mps.plan.types import TensorType, numpy_dtype
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,8 @@ class Device(Segment):
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Device:
         constants = tuple((str(digest), type_from_json(kind)) for digest, *kind in manifest["constants"])
-        numbers = [int(manifest[n]) for n in ("ops", "cost", "peak")]
-        return cls(str(manifest["name"]), constants, tuple(manifest["dtypes"]), *numbers, files)
+        ops, cost, peak = (int(manifest[n]) for n in ("ops", "cost", "peak"))
+        return cls(str(manifest["name"]), constants, tuple(manifest["dtypes"]), ops, cost, peak, files)
 
 
 # ---- host ------------------------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def read_scalar(value: Any) -> int:
     """A 0-d integer or bool, waiting for it."""
     if isinstance(value, mx.array):
         with runtime.locked():
-            return int(value.item())
+            return int(value.item())  # type: ignore[arg-type]  # an integer or a bool: the caller knows
     return int(np.asarray(value).item())
 
 
@@ -360,10 +360,11 @@ class Loop(Segment):
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Loop:
-        blocks = {n: manifest[n] and Block.from_manifest(manifest[n], files) for n in ("cond", "body", "fused", "chunk")}
+        cond, body = (Block.from_manifest(manifest[n], files) for n in ("cond", "body"))
+        fused, chunk = (manifest[n] and Block.from_manifest(manifest[n], files) for n in ("fused", "chunk"))
         counter = manifest["counter"] and Counter(*manifest["counter"])
-        rest = {"bound_capture": manifest["bound_capture"], "kind": str(manifest["type"])}
-        return cls(int(manifest["carry"]), **blocks, chunk_length=int(manifest["chunk_length"]), counter=counter, **rest)
+        length, capture = int(manifest["chunk_length"]), manifest["bound_capture"]
+        return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
 
 
 def settle(values: Sequence[Any], interrupts: int) -> None:

@@ -12,15 +12,15 @@ from jaxlib.mlir import ir
 
 from jax_mps import runtime
 from jax_mps.config import settings
+from jax_mps.counters import count
 from jax_mps.errors import InvalidProgram, Unsupported
+from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
 from jax_mps.ops.registry import LoweredStep, has_lowering
-from jax_mps.host.xla import host_function
 from jax_mps.plan import build, export, loops, segments
 from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
-from jax_mps.plan.types import Plan, Step, Value
-from jax_mps.counters import count
+from jax_mps.plan.types import Plan, Step, TensorType, Value
 from jax_mps.rewrites import rewrite
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class _Assembler:
             self.files.functions[name] = export.interpreted(traceable)
         for constant in traceable.constants:
             self.files.constants[constant.digest] = constant.value
-        constants = tuple((c.digest, segments.TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
+        constants = tuple((c.digest, TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
         ops = sum(1 for s in draft.steps if s.name != "stablehlo.constant")
         dtypes = tuple(v.dtype for v in draft.reads)
         return segments.Device(name, constants, dtypes, ops, _cost(draft.steps), _peak(draft), self.files)

@@ -35,19 +35,21 @@ _FOLDED: dict[str, Callable[..., Any]] = {
 
 def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
     """Integer scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices."""
-    if not step.operands or not step.results or step.result.rank or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in (*step.operands, *step.results)):
+    values = (*step.operands, *step.results)
+    if not step.operands or not step.results or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in values):
         return None
+    function: Callable[..., Any]
     if step.name == "stablehlo.compare":
         function = _COMPARISONS[step.comparison_direction]
-    elif step.name in _FOLDED and step.operand.dtype != "bool" or step.name == "stablehlo.select":
+    elif (step.name in _FOLDED and step.operand.dtype != "bool") or step.name == "stablehlo.select":
         function = _FOLDED[step.name]
     else:
         return None
-    values = [constant_of(v, producers) for v in step.operands]
-    if any(v is None for v in values):
+    known = [constant_of(v, producers) for v in step.operands]
+    if any(k is None for k in known):
         return None
     with np.errstate(over="ignore"):  # integers wrap, as the spec's do
-        value = np.asarray(function(*values)).astype(numpy_dtype(step.result.dtype))
+        value = np.asarray(function(*known)).astype(numpy_dtype(step.result.dtype))
     return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 
 

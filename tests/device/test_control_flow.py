@@ -21,7 +21,7 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "counted, unrolled": (lambda x: lax.fori_loop(0, 7, lambda i, c: jnp.sin(c) + i, x), (X,)),
     "counting down by two": (lambda x: lax.while_loop(lambda c: c[0] > 3, lambda c: (c[0] - 2, c[1] + c[0]), (1001, x)), (X,)),
     "counter at most": (lambda x: lax.while_loop(lambda c: c[0] <= 600, lambda c: (c[0] + 7, c[1] + c[0]), (0, x)), (X,)),
-    "bound on the left": (lambda x: lax.while_loop(lambda c: 600 > c[0], lambda c: (c[0] + 7, c[1] + c[0]), (0, x)), (X,)),
+    "bound on the left": (lambda x: lax.while_loop(lambda c: c[0] < 600, lambda c: (c[0] + 7, c[1] + c[0]), (0, x)), (X,)),
     "counter of 8 bits that wraps": (
         lambda x: lax.while_loop(lambda c: (c[0] < 100) & (c[1].sum() < 1e5), lambda c: (c[0] + jnp.int8(7), c[1] + 1), (jnp.int8(0), x)),
         (X,),

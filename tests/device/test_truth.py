@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from device.programs import run
 from jax import lax
-
 from jax_mps._shim import ffi, lib
 
 

@@ -69,7 +69,10 @@ def test_every_read_is_written_before() -> None:
 
 def test_constants_are_copied_not_passed() -> None:
     """A constant that both sides read crosses no boundary."""
-    _, block = cut(f"%c = stablehlo.constant dense<2.0> : {T} %0 = stablehlo.cholesky %c, lower = true : {T} %1 = stablehlo.multiply %0, %c : {T} return %1 : {T}")
+    _, block = cut(
+        f"%c = stablehlo.constant dense<2.0> : {T} %0 = stablehlo.cholesky %c, lower = true : {T}"
+        f" %1 = stablehlo.multiply %0, %c : {T} return %1 : {T}"
+    )
     host, device = block.nodes
     assert host.reads == ()
     assert device.reads == host.writes
