@@ -139,7 +139,7 @@ _BINDINGS_READ = frozenset(["bool", "float16", "float32", "float64"] + [f"{u}int
 
 
 def _constant_text(op: ir.Operation) -> str:
-    text = op.get_asm(print_generic_op_form=True)
+    text = str(op.get_asm(print_generic_op_form=True))
     start = text.index("dense<")
     end = text.rindex("}> : () ->") if "}> : () ->" in text else text.rindex("} : () ->")
     return text[start:end]

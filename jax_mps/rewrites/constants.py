@@ -49,7 +49,7 @@ def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
     if any(k is None for k in known):
         return None
     with np.errstate(over="ignore"):  # integers wrap, as the spec's do
-        value = np.asarray(function(*known)).astype(numpy_dtype(step.result.dtype))
+        value = np.asarray(function(*(np.asarray(k) for k in known))).astype(numpy_dtype(step.result.dtype))
     return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 
 
