@@ -15,6 +15,7 @@ from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Callback, Device, Segment
+from jax_mps.plan.show import announce_host
 from jax_mps.plan.types import DEVICE_DTYPES, TensorType
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Executable:
     """A program under the name and options that one compile call gave it. C reads the attributes once (cshim/README.md)."""
 
     def __init__(self, program: Program, name: str, fingerprint: bytes, source: Callable[[], bytes]) -> None:
+        announce_host(program)
         self.program = program
         self.source = source  # what `serialize` stores
         self.name = name

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Block, Branch, Callback, Device, Host, Loop, Segment
+
+log = logging.getLogger(__name__)
+
+
+def announce_host(program: Program) -> None:
+    """Log what of a program runs on the host, each reason once a process, whether it was translated or loaded."""
+    for segment in program.host_segments:
+        for reason in segment.reasons:
+            _log_once(reason)
+
+
+@functools.lru_cache(maxsize=4096)
+def _log_once(reason: str) -> None:
+    """Say what runs on the host, once a process: slower, therefore visible. LAPACK is there by design, which is worth less noise."""
+    op, _, why = reason.partition(": ")
+    if why.startswith("MLX has no") and why != op:  # every op of a float64 program has the same reason
+        _log_once(f"{why}: {why}")
+        return
+    level = logging.INFO if op.startswith("custom_call:lapack") else logging.WARNING
+    log.log(level, "runs on the host (XLA CPU): %s", reason if why != op else why)
 
 
 def describe(program: Program) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,7 +51,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
 
 def target() -> Target:
     """What runs where on this process's device."""
-    from jax_mps.calls import host_kind
+    from jax_mps.calls.kinds import host_kind
 
     return Target(refusal, host_kind, forbid_host=settings().host == "error")
 
@@ -129,8 +128,6 @@ class _Assembler:
 
     def host(self, draft: Draft) -> segments.Host:
         count("host_segments")
-        for reason in draft.reasons:
-            _log_once(reason)
         name = self.name("mlir")
         self.files.artifacts[name] = host_function(draft.reads, draft.steps, draft.writes).artifact
         inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
@@ -192,8 +189,3 @@ def _peak(draft: Draft) -> int:
         peak = max(peak, alive)
         alive -= sum(v.type.nbytes for v in step.reads() if last.get(v) == index and v not in kept and v not in draft.reads)
     return peak
-
-
-@functools.lru_cache(maxsize=4096)
-def _log_once(reason: str) -> None:
-    log.info("runs on the host (XLA CPU): %s", reason)

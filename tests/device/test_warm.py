@@ -152,3 +152,18 @@ def test_unusable_folder_costs_only_the_cache(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+
+
+def test_the_log_names_what_is_on_the_host_once(tmp_path: Path) -> None:
+    """Cold or warm, each reason is said once a process; float64 once, not once an op."""
+    source = """
+    jax.config.update("jax_enable_x64", True)
+    f = jax.jit(lambda x: jnp.sin(x) * 2 + jnp.cos(x))
+    for n in (3, 4, 5):
+        jax.block_until_ready(f(jnp.arange(float(n))))
+    report()
+    """
+    for _ in range(2):
+        ran = run(source, tmp_path)
+        assert ran.output.count("runs on the host") == 1
+        assert "MLX has no float64" in ran.output
