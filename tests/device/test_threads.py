@@ -40,7 +40,8 @@ def test_threads_compile_and_run(tmp_path: Path) -> None:
         assert run(STRESS.format(threads=8, programs=8), tmp_path, timeout=280).report["wrong"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
+@pytest.mark.timeout(7200)
 def test_threads_at_length(tmp_path: Path) -> None:
     """The issue's figure: 8 threads, 100 programs each, 20 repeats."""
     for _ in range(20):
