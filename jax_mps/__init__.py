@@ -16,7 +16,7 @@ try:
 except metadata.PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
-__all__ = ["__version__", "explain", "from_mlx", "stats", "to_mlx"]
+__all__ = ["__version__", "explain", "features", "from_mlx", "register_ffi_target", "stats", "to_mlx"]
 
 
 def to_mlx(array: Any) -> Any:
@@ -39,6 +39,25 @@ def from_mlx(array: Any) -> Any:
     from jax_mps import interop
 
     return interop.from_mlx(array)
+
+
+def features() -> dict[str, str]:
+    """What the plugin adds to the running JAX, each "on" or "off: " with the reason; empty before JAX made its first backend."""
+    from jax_mps import compat
+
+    return compat.features()
+
+
+def register_ffi_target(name: str, function: Any) -> None:
+    """Let `jax.ffi.ffi_call(name, ...)` on mps run a Python function.
+
+    Args:
+        name: the target's name.
+        function: called with one NumPy array for each operand and the call's attributes as keywords; returns one array, or a sequence of them.
+    """
+    from jax_mps.calls import ffi
+
+    ffi.register_ffi_target(name, function)
 
 
 def explain(compiled: Any) -> str:
