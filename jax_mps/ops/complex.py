@@ -101,6 +101,12 @@ def log1p(x: mx.array) -> mx.array:
     return complex_(mx.where(mx.maximum(mx.abs(re), mx.abs(im)) < 0.5, near, far), mx.arctan2(im, 1 + re))
 
 
+def atan2(y: mx.array, x: mx.array) -> mx.array:
+    """-i log((x + iy) / sqrt(x^2 + y^2))."""
+    i = const(1j, mx.complex64)
+    return -i * mx.log(divide(x + i * y, mx.sqrt(x * x + y * y)))
+
+
 def logistic(x: mx.array) -> mx.array:
     one = const(1, mx.complex64)
     return divide(one, one + mx.exp(-x))

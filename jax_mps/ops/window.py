@@ -140,13 +140,16 @@ _SCANS: dict[str, Callable[..., mx.array]] = {"add": mx.cumsum, "multiply": mx.c
 _BOOLEAN = {"add": "maximum", "or": "maximum", "multiply": "minimum", "and": "minimum"}
 # On CPU MLX adds in order; runs of this many terms keep float32's sums as good as XLA's.
 _RUN = 128
+# Forward scans of half types no longer than this are rounded at every step, which is what XLA's CPU backend does; longer ones it cuts into blocks.
+_SHORT = 16
 
 
 def cumulative(name: str, x: mx.array, axis: int, *, reverse: bool) -> mx.array:
-    """An inclusive scan along an axis, in the array's dtype; half types are rounded once."""
+    """An inclusive scan along an axis, in the array's dtype; half types are rounded once (see also `_SHORT`)."""
     if x.dtype == mx.bool_:
         return _SCANS[_BOOLEAN.get(name, name)](x.astype(mx.uint8), axis=axis, reverse=reverse).astype(mx.bool_)
-    wide = x.astype(mx.float32) if x.dtype in _HALVES else x
+    in_order = not reverse and x.shape[axis] <= _SHORT
+    wide = x.astype(mx.float32) if x.dtype in _HALVES and not in_order else x
     if name == "add" and wide.dtype in (mx.float32, mx.complex64) and device_kind() == "cpu":
         return _running_sum(wide, axis, reverse).astype(x.dtype)
     return _SCANS[name](wide, axis=axis, reverse=reverse).astype(x.dtype)

@@ -52,6 +52,9 @@ def direct(name, n):
     return text(f"%r = stablehlo.{name} %x : (tensor<{n}xcomplex<f32>>) -> tensor<{n}x{to}>", f"{n}xcomplex<f32>", result=f"{n}x{to}")
 
 
+ATAN2 = "%r = stablehlo.atan2 %x, %y : tensor<200xcomplex<f32>>"
+TO_BOOL = "%r = stablehlo.convert %x : (tensor<121xcomplex<f32>>) -> tensor<121xi1>"
+
 CASES = [
     *(
         Case(f"{name}_plane", f, (MODERATE,), rtol=2e-5, atol=2e-7)
@@ -63,6 +66,8 @@ CASES = [
     Case("arithmetic", each(lax.add, lax.sub, lax.mul, lax.div, lax.eq, lax.ne), (ANY, OTHER)),
     Case("division_wide", lax.div, tuple(np.meshgrid(PLANE, PLANE[np.abs(PLANE) > 0][::7])), rtol=1e-5),
     Case("power", lax.pow, (ANY, OTHER), rtol=1e-5),
+    Case("atan2", text(ATAN2, "200xcomplex<f32>", "200xcomplex<f32>", result="200xcomplex<f32>"), (ANY, OTHER), rtol=1e-4),  # by a logarithm
+    Case("to_bool", text(TO_BOOL, "121xcomplex<f32>", result="121xi1"), (PLANE,)),
     Case("power_of_zero", lax.pow, (np.complex64([0, 0, 0, 1, -1]), np.complex64([0, 1, 2.5, 0, 2])), atol=1e-6),
     Case("parts", each(lax.real, lax.imag, lax.conj, lambda x: lax.complex(lax.imag(x), lax.real(x))), (PLANE,)),
     Case("infinite_parts", lambda a, b: lax.complex(a, b), (np.float32([np.inf, -np.inf, np.nan, 1]), np.float32([1, np.inf, 2, np.nan]))),

@@ -56,6 +56,7 @@ CASES = [
     Case("long_window", window(lax.add, 0, (40,)), (normal(100),), rtol=1e-5, atol=1e-4),
     Case("long_window_stride", window(lax.max, -np.inf, (37,), (5,), "SAME"), (normal(100),)),
     Case("long_window_dilated", window(lax.min, np.inf, (21,), (2,), [(30, 3)], None, (3,)), (normal(100),)),
+    Case("short_scan_of_halves", window(lax.add, 0, (12, 1), None, [(11, 0), (0, 0)]), (normal(12, 7, dtype=BF16),), rtol=0, atol=0),
     Case("whole", window(lax.add, 0, (9, 8)), (normal(9, 8),), **SUMS),
     Case("no_window", window(lax.add, 0, (3, 3)), (normal(2, 5),)),
     Case("empty_batch", window(lax.max, -np.inf, (1, 2)), (np.zeros((0, 5), np.float32),)),
