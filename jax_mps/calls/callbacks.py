@@ -94,6 +94,8 @@ def renumber(program: bytes) -> tuple[bytes, tuple[str, ...]]:
     Markers have one length, so the form is otherwise the same. Ordinals follow the first appearance in these bytes: what is stored under
     the canonical text's ordinals is bound by that text's markers.
     """
+    if b"mps_callback:" not in program:  # the usual case, at memory's speed
+        return program, ()
     found: dict[bytes, int] = {}
 
     def ordinal(match: re.Match[bytes]) -> bytes:
@@ -101,6 +103,11 @@ def renumber(program: bytes) -> tuple[bytes, tuple[str, ...]]:
 
     renumbered = _MARKER.sub(ordinal, program)
     return renumbered, tuple(m.decode() for m in found)
+
+
+def ordinals(markers: Sequence[str]) -> dict[str, str]:
+    """Each marker's name in the form that `renumber` gives."""
+    return {marker: f"mps_callback:{number:016x}" for number, marker in enumerate(markers)}
 
 
 def call(target: str, config: Any, arrays: Sequence[Array], inputs: Sequence[TensorType], outputs: Sequence[TensorType]) -> list[Array]:

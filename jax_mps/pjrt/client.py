@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import mlx.core as mx
 import jax_mps
 from jax_mps import runtime
 from jax_mps.cache import Alias, Entry, Key, Store, Writer, key, translator_digest
+from jax_mps.calls import callbacks
 from jax_mps.config import settings
+from jax_mps.counters import count
 from jax_mps.pjrt import options as compile_options
 from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
-from jax_mps.plan.segments import Callback, Device
+from jax_mps.plan.segments import Device
 from jax_mps.plan.show import describe
 from jax_mps.plan.types import TensorType, numpy_dtype
-from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,15 @@ class Client:
             Unsupported: a step that nothing here can run.
         """
         chosen = compile_options.read(options)
-        raw = key(("code", code), *self.environment(chosen))
-        known = self.recall(raw)
+        form, markers = callbacks.renumber(code)
+        raw = key(("code", form), *self.environment(chosen))
+        identity = _identity(raw, markers)
+        known = self.recall(identity)
         if known is None:
-            known = self.load_by_alias(raw) or self.load_or_translate(code, raw, chosen)
-            self.remember(raw, *known, len(code))
+            known = self.load_by_alias(raw, markers) or self.load_or_translate(code, raw, markers, chosen)
+            self.remember(identity, *known, len(code))
         program, name = known
-        return Executable(program, name, bytes.fromhex(raw.digest), lambda: compile_options.pack(code, options))
+        return Executable(program, name, bytes.fromhex(identity), lambda: compile_options.pack(code, options))
 
     def environment(self, chosen: compile_options.CompileOptions) -> tuple[tuple[str, str], ...]:
         """The named parts of a key that are not the program: whatever else changes the result."""
@@ -76,18 +79,18 @@ class Client:
             ("options", chosen.text()),
         )
 
-    def recall(self, raw: Key) -> tuple[Program, str] | None:
+    def recall(self, identity: str) -> tuple[Program, str] | None:
         with self._lock:
-            found = self._aliases.get(raw.digest)
+            found = self._aliases.get(identity)
             if found is None:
                 return None
-            self._aliases.move_to_end(raw.digest)
+            self._aliases.move_to_end(identity)
         count("memory_hits")
         return found[0], found[1]
 
-    def remember(self, raw: Key, program: Program, name: str, size: int) -> None:
+    def remember(self, identity: str, program: Program, name: str, size: int) -> None:
         with self._lock:
-            self._aliases[raw.digest] = (program, name, size)
+            self._aliases[identity] = (program, name, size)
             self._bytes += size
             while self._bytes > _KEEP_BYTES and len(self._aliases) > 1:
                 _, (_, _, dropped) = self._aliases.popitem(last=False)
@@ -100,7 +103,7 @@ class Client:
             self._bytes = 0
 
     def program(self, fingerprint: str) -> Program:
-        """A program that was compiled in this process, by its executable's fingerprint (the raw key's digest).
+        """A program that was compiled in this process, by its executable's fingerprint.
 
         Raises:
             KeyError: it was dropped, or never here.
@@ -110,21 +113,39 @@ class Client:
 
     # ---- disk --------------------------------------------------------------------------------------------------------------------
 
-    def load_by_alias(self, raw: Key) -> tuple[Program, str] | None:
-        """A program that the raw bytes lead to, without reading MLIR."""
+    def load_by_alias(self, raw: Key, markers: Sequence[str]) -> tuple[Program, str] | None:
+        """A program that the raw bytes lead to, without reading MLIR; its callbacks are the functions that `markers` name."""
         if self.uncached:
             return None
         alias = self.store.get_alias(raw)
         if alias is None:
             return None
-        program = self._programs.get(alias.key.digest) or self.load(alias.key)
+        order = alias.extra.get("callbacks", [])  # of each of the program's callbacks, its place among the raw bytes' markers
+        if sorted(order) != list(range(len(markers))):
+            log.warning("a cache alias names other callbacks than its program, which is read anew")
+            return None
+        program = self.find(alias.key, [markers[place] for place in order])
         if program is None:
             return None
         count("alias_hits")
         return program, alias.name
 
+    def find(self, canonical: Key, markers: Sequence[str]) -> Program | None:
+        """A program from memory or from its entry; None if there is none, or anything about it is odd."""
+        program = self._programs.get(canonical.digest)
+        if program is not None:
+            count("memory_hits")
+        elif not self.uncached:
+            program = self.load(canonical)
+        try:
+            return program and program.bind({ordinal: marker for marker, ordinal in callbacks.ordinals(markers).items()})
+        except KeyError as error:
+            log.warning("a cache entry calls %s, which its program lacks; it is made anew", error)
+            count("cache_errors")
+            return None
+
     def load(self, canonical: Key) -> Program | None:
-        """A program from its entry; None if there is none, or anything about it is odd."""
+        """A program from its entry, its callbacks unbound; None if there is none, or anything about it is odd."""
         entry = self.store.get(canonical)
         if entry is None:
             return None
@@ -144,32 +165,40 @@ class Client:
         """Whether this process must not use function files: its first MLX stream is not ours."""
         return not runtime.device().first
 
-    def load_or_translate(self, code: bytes, raw: Key, chosen: compile_options.CompileOptions) -> tuple[Program, str]:
+    def load_or_translate(
+        self, code: bytes, raw: Key, markers: Sequence[str], chosen: compile_options.CompileOptions
+    ) -> tuple[Program, str]:
+        """A program by its canonical form, from memory or disk; or made anew. The raw bytes will lead to it."""
         from jax_mps.plan import build  # MLIR is imported on this path only
 
         module = build.parse(code)
         name = build.module_name(module)
-        canonical = key(("module", build.canonical(module)), *self.environment(chosen))
-        program = self._programs.get(canonical.digest)
-        if program is not None:
-            count("memory_hits")
-        elif not self.uncached:
-            program = self.load(canonical)
-        if program is None:
-            program = self.translate(module, canonical)
-        if not (self.uncached or has_callbacks(program)):
-            self.writer.submit(lambda: self.store.put_alias(raw, Alias(canonical, name)))
+        form, order = callbacks.renumber(build.canonical(module))
+        canonical = key(("module", form), *self.environment(chosen))
+        program = self.find(canonical, order) or self.translate(module, canonical, order)
+        if self.is_stored(program) and set(order) == set(markers):
+            extra = {"callbacks": [markers.index(marker) for marker in order]} if order else {}
+            self.writer.submit(lambda: self.store.put_alias(raw, Alias(canonical, name, extra)))
         return program, name
 
-    def translate(self, module: Any, canonical: Key) -> Program:
+    def translate(self, module: Any, canonical: Key, markers: Sequence[str]) -> Program:
+        """A new program; it is stored without this process's markers."""
         from jax_mps.plan.translate import translate
 
         count("disk_misses")
-        program, files = translate(module)
-        self._programs[canonical.digest] = program
-        if not (self.uncached or has_callbacks(program)):
-            self.writer.submit(lambda: self.write(canonical, program, files))
-        return program
+        translated, files = translate(module)
+        ordinals = callbacks.ordinals(markers)
+        unbound = translated.bind(ordinals)
+        if ordinals:
+            unbound.manifest = unbound.to_manifest()
+        self._programs[canonical.digest] = unbound
+        if self.is_stored(unbound):
+            self.writer.submit(lambda: self.write(canonical, unbound, files))
+        return unbound.bind({ordinal: marker for marker, ordinal in ordinals.items()})
+
+    def is_stored(self, program: Program) -> bool:
+        """Whether the disk cache takes a program; not if it calls a target of `jax.ffi`, which another process may register otherwise."""
+        return not self.uncached and all(c.is_python for c in program.callbacks)
 
     def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
         """Store a program; runs on the writer's thread."""
@@ -192,8 +221,13 @@ class Client:
 
 
 def has_callbacks(program: Program) -> bool:
-    """Whether the program calls back into this process's Python: its ids mean nothing elsewhere."""
-    return any(isinstance(s, Callback) for s in program.segments())
+    """Whether the program calls back into this process's Python: its executable means nothing elsewhere."""
+    return bool(program.callbacks)
+
+
+def _identity(raw: Key, markers: Sequence[str]) -> str:
+    """What a program is called in this process: its raw key, and the functions it calls."""
+    return raw.digest if not markers else key(*raw.parts, ("callbacks", " ".join(markers))).digest
 
 
 class EntryFiles:

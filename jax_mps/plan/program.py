@@ -10,8 +10,8 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_mps import runtime
 from jax_mps.counters import count
-from jax_mps.plan.segments import Block, Device, Host, Manifest, Segment, type_from_json, type_to_json
+from jax_mps.plan.segments import Block, Callback, Device, Host, Manifest, Segment, type_from_json, type_to_json
 from jax_mps.plan.types import TensorType
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Program:
     block: Block
     effects: bool
     manifest: Manifest = field(default_factory=dict)
+    source: Program | None = None  # what `bind` made it from, alive with it so that the next one like it is made from that, too
 
     @property
     def direct(self) -> Device | None:
@@ -72,6 +73,19 @@ class Program:
 
     def segments(self) -> Sequence[Segment]:
         return self.block.walk()
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The segments that call into Python."""
+        return [s for s in self.segments() if isinstance(s, Callback)]
+
+    def bind(self, markers: Mapping[str, str]) -> Program:
+        """This program with its callbacks named anew; all else is shared.
+
+        Raises:
+            KeyError: a callback that `markers` does not name.
+        """
+        return replace(self, block=self.block.bind(markers), source=self) if markers else self
 
     @property
     def host_segments(self) -> list[Host]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -53,6 +53,14 @@ class Segment(ABC):
     def walk(self) -> Sequence[Segment]:
         """This segment and those inside."""
         return [self]
+
+    def bind(self, markers: Mapping[str, str]) -> Segment:
+        """This segment with the callbacks inside named anew; parts without callbacks are shared, imported functions among them.
+
+        Raises:
+            KeyError: a callback that `markers` does not name.
+        """
+        return self
 
 
 def type_to_json(kind: TensorType) -> list[Any]:
@@ -142,6 +150,11 @@ class Block:
     def walk(self) -> list[Segment]:
         """Every segment, nested ones included."""
         return [inner for node in self.nodes for inner in node.segment.walk()]
+
+    def bind(self, markers: Mapping[str, str]) -> Block:
+        """This block with its callbacks named anew (`Segment.bind`)."""
+        nodes = [Node(n.segment.bind(markers), n.reads, n.writes) for n in self.nodes]
+        return Block(self.inputs, self.slots, nodes, self.outputs)
 
     def to_manifest(self) -> Manifest:
         nodes = [{"segment": n.segment.to_manifest(), "reads": list(n.reads), "writes": list(n.writes)} for n in self.nodes]
@@ -252,6 +265,16 @@ class Callback(Segment):
 
         return callbacks.call(self.target, self.config, to_host(values), self.inputs, self.outputs)
 
+    @property
+    def is_python(self) -> bool:
+        """Whether `config` is the marker of a function of this process; else the target is found by its name (`calls.ffi`)."""
+        from jax_mps.calls import callbacks
+
+        return self.target == callbacks.TARGET
+
+    def bind(self, markers: Mapping[str, str]) -> Callback:
+        return replace(self, config=markers[self.config]) if self.is_python else self
+
     def to_manifest(self) -> Manifest:
         inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
         return {"kind": "callback", "target": self.target, "config": self.config, "inputs": inputs, "outputs": outputs}
@@ -352,6 +375,10 @@ class Loop(Segment):
         blocks = [b for b in (self.cond, self.body, self.fused, self.chunk) if b is not None]
         return [self, *(s for b in blocks for s in b.walk())]
 
+    def bind(self, markers: Mapping[str, str]) -> Loop:
+        fused, chunk = (b and b.bind(markers) for b in (self.fused, self.chunk))
+        return replace(self, cond=self.cond.bind(markers), body=self.body.bind(markers), fused=fused, chunk=chunk)
+
     def to_manifest(self) -> Manifest:
         counter = self.counter and [self.counter.position, self.counter.step, self.counter.direction, self.counter.bound, self.counter.bound_carry]
         blocks = {n: b and b.to_manifest() for n, b in (("cond", self.cond), ("body", self.body), ("fused", self.fused), ("chunk", self.chunk))}
@@ -400,6 +427,9 @@ class Branch(Segment):
 
     def walk(self) -> Sequence[Segment]:
         return [self, *(s for arm in self.arms for s in arm.walk())]
+
+    def bind(self, markers: Mapping[str, str]) -> Branch:
+        return Branch(tuple(a.bind(markers) for a in self.arms), self.predicate)
 
     def to_manifest(self) -> Manifest:
         return {"kind": "branch", "arms": [a.to_manifest() for a in self.arms], "predicate": self.predicate}

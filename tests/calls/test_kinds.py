@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from jax_mps.calls import ffi, host_kind
+from jax_mps.calls import ffi
+from jax_mps.calls.kinds import host_kind
 from jax_mps.plan.types import Region, Step, TensorType, Value
 
 X = Value(TensorType((4,), "float32"))
