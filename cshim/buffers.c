@@ -229,6 +229,18 @@ static void help_until_filled(Cell* cell) {
   PyGILState_Release(gil);
 }
 
+/* `is_ready` keeps the GIL and must not block. Whoever comes without it is about to wait: evaluating here saves two changes of thread. */
+static void evaluate_for_waiter(Cell* cell) {
+  if (!laziness.evaluate_now) return;
+  state_lock();
+  bool lazy = cell_settle(cell) == LAZY && !cell->queued;
+  state_unlock();
+  if (!lazy || (on_own_thread && !on_executor) || caller_has_gil()) return;
+  PyGILState_STATE gil = PyGILState_Ensure();
+  error_release(cell_evaluate(cell)); /* the cell has it too */
+  PyGILState_Release(gil);
+}
+
 static PJRT_Event* arm(Cell* cell, PJRT_Error** failure) {
   PJRT_Event* event = NULL;
   state_lock();
@@ -253,6 +265,7 @@ PJRT_Error* Buffer_ReadyEvent(PJRT_Buffer_ReadyEvent_Args* args) {
   if (!error) error = threads_start_evaluator();
   if (!error) {
     if (on_executor) help_until_filled(cell);
+    evaluate_for_waiter(cell);
     event = arm(cell, &error);
   }
   cell_release(cell);
@@ -320,14 +333,16 @@ static PyObject* tuple_of(const int64_t* values, size_t count) {
   return tuple;
 }
 
-/* The pair (value, is_host) of a hook, as a cell. */
+/* The pair (value, state) of a hook, as a cell; state: 0 may be lazy, 1 on the host, 2 evaluated. */
 static PJRT_Error* cell_from_pair(PyObject* pair, const char* hook, size_t nbytes, Cell** cell) {
-  if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return INTERNAL("hook %s did not return (value, is_host)", hook);
-  int host = PyObject_IsTrue(PyTuple_GetItem(pair, 1));
-  if (host < 0) return error_from_python(hook);
+  if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return INTERNAL("hook %s did not return (value, state)", hook);
+  static const State states[] = {LAZY, HOST, READY};
+  long state = PyLong_AsLong(PyTuple_GetItem(pair, 1));
+  if (state == -1 && PyErr_Occurred()) return error_from_python(hook);
+  if (state < 0 || state > 2) return INTERNAL("hook %s returned %ld as a state", hook, state);
   PyObject* value = PyTuple_GetItem(pair, 0);
   Py_INCREF(value);
-  *cell = cell_new(host ? HOST : LAZY, value, nbytes);
+  *cell = cell_new(states[state], value, nbytes);
   return *cell ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
 }
 

@@ -6,6 +6,7 @@ struct Record {
   long references;
   PJRT_Error* error;
   size_t made, live, done; /* cells: ever, still LAZY, evaluated */
+  Cell* cells;             /* those still LAZY */
   uint64_t mark;
   Record *older, *newer; /* all records, in the order they were made */
   Record* link;          /* the worklist it is on */
@@ -97,6 +98,10 @@ void record_adopt(Record* record, Cell* cell) {
   record->made++;
   record->live++;
   cell->record = record;
+  cell->sibling = record->cells;
+  cell->elder = NULL;
+  if (record->cells) record->cells->elder = cell;
+  record->cells = cell;
 }
 
 void record_fail(Record* record, PJRT_Error* error) {
@@ -143,6 +148,8 @@ static void leave_record(Cell* cell, bool done) {
   Record* record = cell->record;
   if (!record) return;
   cell->record = NULL;
+  *(cell->elder ? &cell->elder->sibling : &record->cells) = cell->sibling;
+  if (cell->sibling) cell->sibling->elder = cell->elder;
   record->live--;
   record->done += done;
   if (record->done == record->made) drop_parents(record);
@@ -223,6 +230,31 @@ static Waiter* complete(Cell* cell) {
   return cell->event ? event_complete(cell->event, cell->error) : NULL;
 }
 
+static atomic_llong unfinished; /* the cost of what ran since all of it was waited for */
+
+void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&unfinished, cost, memory_order_relaxed); }
+
+/* Blocks until the values are evaluated. Where the client gave the means, no Python code runs, so that Ctrl-C cannot end an evaluation
+ * half way; what cannot take long is waited for under the lock, which saves a trip to MLX's thread. */
+static PyObject* evaluate(PyObject* values) {
+  if (!laziness.evaluate_now) return hook_call(HOOK_evaluate, PyTuple_Pack(1, values));
+  PyObject* done;
+  lock_with_gil();
+  int64_t before = atomic_load(&unfinished);
+  if (before < 8 * laziness.eager_cost) {
+    done = PyObject_CallFunctionObjArgs(laziness.evaluate_now, values, NULL);
+    unlock_with_gil();
+    return done;
+  }
+  done = hook_call(HOOK_schedule, PyTuple_Pack(1, values));
+  unlock_with_gil();
+  if (!done) return NULL;
+  Py_DECREF(done);
+  done = PyObject_CallObject(laziness.synchronize, NULL);
+  if (done) atomic_fetch_sub(&unfinished, before);
+  return done;
+}
+
 PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters) {
   PyObject* values = PyList_New(0);
   state_lock();
@@ -240,7 +272,7 @@ PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters) {
   if (!built) {
     error = error_from_python("evaluate");
   } else if (PyList_Size(values) > 0) {
-    PyObject* result = hook_call(HOOK_evaluate, PyTuple_Pack(1, values));
+    PyObject* result = evaluate(values);
     if (!result) error = error_from_python("evaluate");
     Py_XDECREF(result);
   }
@@ -263,6 +295,24 @@ PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters) {
   return error;
 }
 
+/* JAX asks for one output after the other, and each answer costs a trip to MLX's thread. */
+PJRT_Error* cell_evaluate(Cell* cell) {
+  if (!laziness.evaluate_now) return cells_evaluate(&cell, 1, NULL);
+  Cell* group[64] = {cell};
+  size_t count = 1;
+  state_lock();
+  Cell* next = cell_settle(cell) == LAZY && cell->record ? cell->record->cells : NULL;
+  for (; next && count < COUNT_OF(group); next = next->sibling) {
+    if (next == cell) continue;
+    next->references++;
+    group[count++] = next;
+  }
+  state_unlock();
+  PJRT_Error* error = cells_evaluate(group, count, NULL);
+  for (size_t i = 1; i < count; i++) cell_release(group[i]);
+  return error;
+}
+
 PJRT_Error* cell_materialise(Cell* cell) {
   for (;;) {
     state_lock();
@@ -272,7 +322,7 @@ PJRT_Error* cell_materialise(Cell* cell) {
     if (state == FAILED) return error;
     if (state == READY || state == HOST) return NULL;
     if (state == LAZY) {
-      error = cells_evaluate(&cell, 1, NULL);
+      error = cell_evaluate(cell);
       if (error) return error;
       continue; /* it may have failed with another of its record */
     }
@@ -310,10 +360,38 @@ static PJRT_Error* take_view(PyObject* exporter, size_t nbytes, Py_buffer* view)
   return error;
 }
 
+static void set_view(Cell* cell, Py_buffer* view) {
+  if (!view->buf || view->len == 0) view->buf = nothing;
+  cell->view = view;
+  state_lock();
+  cell->previous = &viewed;
+  cell->next = viewed.next;
+  viewed.next->previous = cell;
+  viewed.next = cell;
+  state_unlock();
+}
+
+/* The value's own buffer, if that is dense already. */
+static bool view_in_place(Cell* cell, size_t nbytes) {
+  Py_buffer* view = calloc(1, sizeof *view);
+  if (!view) return false;
+  lock_with_gil();
+  bool given = PyObject_GetBuffer(cell->value, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) == 0;
+  unlock_with_gil();
+  if (!given) PyErr_Clear();
+  if (given && !cell->view && (size_t)view->len == nbytes && PyBuffer_IsContiguous(view, 'C')) {
+    set_view(cell, view);
+    return true;
+  }
+  if (given) PyBuffer_Release(view);
+  free(view);
+  return cell->view != NULL; /* another thread was first, while the GIL was away */
+}
+
 PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
   PJRT_Error* error = cell_materialise(cell);
   if (error) return error;
-  if (cell->view) {
+  if (cell->view || (laziness.view_in_place && view_in_place(cell, nbytes))) {
     *out = cell->view;
     return NULL;
   }
@@ -330,7 +408,6 @@ PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
     Py_DECREF(pair);
     return error;
   }
-  if (!view->buf || view->len == 0) view->buf = nothing;
   if (cell->view) { /* another thread was first, while the GIL was away */
     PyBuffer_Release(view);
     free(view);
@@ -338,13 +415,7 @@ PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** out) {
     PyObject* old = cell->value;
     cell->value = PyTuple_GetItem(pair, 0);
     Py_INCREF(cell->value);
-    cell->view = view;
-    state_lock();
-    cell->previous = &viewed;
-    cell->next = viewed.next;
-    viewed.next->previous = cell;
-    viewed.next = cell;
-    state_unlock();
+    set_view(cell, view);
     Py_DECREF(old);
   }
   Py_DECREF(pair);

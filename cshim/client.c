@@ -174,6 +174,12 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!int_at(dict, "eager_cost", &wanted.eager_cost)) return "eager_cost";
   if (!int_at(dict, "lazy_limit", &wanted.lazy_limit)) return "lazy_limit";
   if (!int_at(dict, "lazy_bytes", &wanted.lazy_bytes)) return "lazy_bytes";
+  wanted.view_in_place = client->is_on_cpu;
+  wanted.evaluate_now = PyDict_GetItemString(dict, "evaluate_now");
+  wanted.synchronize = PyDict_GetItemString(dict, "synchronize");
+  if (!wanted.evaluate_now != !wanted.synchronize) return "synchronize";
+  Py_XINCREF(wanted.evaluate_now); /* kept with the client */
+  Py_XINCREF(wanted.synchronize);
   laziness = wanted;
   return NULL;
 }

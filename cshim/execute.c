@@ -80,6 +80,7 @@ static PJRT_Error* schedule(PJRT_Executable* executable, PyObject* results) {
   for (size_t i = 0; i < count; i++)
     if (!executable->output_is_host[i]) bytes += executable->outputs.items[i].nbytes;
   lazy_bytes += (int64_t)bytes;
+  evaluation_started(executable->cost);
   int64_t waiting = atomic_fetch_add_explicit(&lazy_count, 1, memory_order_relaxed) + 1;
   if (executable->cost < laziness.eager_cost && waiting < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes)
     return NULL;
@@ -306,6 +307,7 @@ void job_run(Job* job) {
     error = run_direct(executable, job->inputs, job->input_count, &results, &late);
   } else if (!error) {
     PyObject* list = argument_list(job);
+    evaluation_started(laziness.eager_cost < INT64_MAX / 64 ? 16 * laziness.eager_cost : 0);
     results = list ? hook_call(HOOK_execute, Py_BuildValue("(ON)", executable->object, list)) : NULL;
     error = results ? check_results(results, executable->outputs.count, "execute", executable->name)
                     : error_from_python(executable->name);

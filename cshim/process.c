@@ -1,4 +1,5 @@
 /* The locks, and the process' own events: shutdown, fork, interrupts. */
+#include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
 
@@ -31,6 +32,16 @@ static bool lock_try(void) {
 
 static void lock_leave(void) {
   if (lock_depth > 0 && --lock_depth == 0) pthread_mutex_unlock(&lock_mutex);
+}
+
+bool caller_has_gil(void) {
+  static int (*check)(void); /* not in the limited API, but in every interpreter so far */
+  static atomic_bool known;
+  if (!atomic_load(&known)) {
+    *(void**)&check = dlsym(RTLD_DEFAULT, "PyGILState_Check");
+    atomic_store(&known, true);
+  }
+  return !check || check();
 }
 
 void lock_with_gil(void) {

@@ -39,6 +39,7 @@ void state_wait(void);    /* for state_changed(); the GIL must be dropped */
 void state_changed(void); /* with the state lock held */
 int state_wait_until(const struct timespec* deadline);
 
+bool caller_has_gil(void); /* true when it cannot be told */
 void lock_with_gil(void); /* the one lock; drops the GIL while it blocks */
 void unlock_with_gil(void);
 void drop_value(PyObject* value); /* GIL held; waits for nobody: what the lock guards is dropped later */
@@ -93,6 +94,7 @@ typedef struct Cell {
   bool queued;       /* with the evaluator */
   PyObject* value;   /* GIL; NULL while PENDING */
   Record* record;    /* while LAZY, and made by an execution */
+  struct Cell *sibling, *elder; /* the record's LAZY cells */
   PJRT_Error* error; /* once FAILED */
   PJRT_Event* event; /* once somebody asked */
   Py_buffer* view;   /* GIL; once a pointer was asked for */
@@ -115,6 +117,8 @@ extern atomic_long record_count;
 /* These must not hold it. */
 Cell* cell_new(State state, PyObject* value, size_t nbytes); /* takes the value */
 void cell_free(Cell* cell);
+PJRT_Error* cell_evaluate(Cell* cell); /* GIL held; with its siblings, where that is cheaper */
+void evaluation_started(int64_t cost);
 void cell_release(Cell* cell);
 PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
 PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** view); /* GIL held */
@@ -152,6 +156,8 @@ struct PJRT_Client {
 };
 typedef struct {
   int64_t eager_cost, lazy_limit, lazy_bytes;
+  bool view_in_place;
+  PyObject *evaluate_now, *synchronize; /* or NULL */
 } Laziness;
 extern Laziness laziness;
 PJRT_Error* named_values_from_dict(PyObject* dict, PJRT_NamedValue** values, size_t* count, const char* hook);

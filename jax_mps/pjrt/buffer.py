@@ -18,23 +18,27 @@ from jax_mps.plan.types import DEVICE_DTYPES, numpy_dtype
 _adopted: dict[int, Any] = {}
 
 
-def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, bool]:
-    """A value of dense row-major bytes that are only valid during the call; whether it is a host value."""
+# What C takes a value for (cshim/README.md).
+_LAZY, _HOST, _READY = 0, 1, 2
+
+
+def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, int]:
+    """A value of dense row-major bytes that are only valid during the call, and its state."""
     name = DTYPES.get(dtype)
     if name is None:
         raise InvalidProgram(f"buffers of PJRT element type {dtype} are unknown to this plugin")
     array = np.frombuffer(view, numpy_dtype(name)).reshape(dims)
     if name not in DEVICE_DTYPES:
-        return array.copy(), True
+        return array.copy(), _HOST
     runtime.require_memory(array.nbytes)
     with runtime.locked():
-        return mx_array(array, name), False
+        return mx_array(array, name), _LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else _READY
 
 
-def adopt(address: int) -> tuple[Any, bool] | None:
+def adopt(address: int) -> tuple[Any, int] | None:
     """The value that `from_mlx` announced under the address of its stand-in."""
     value = _adopted.pop(address, None)
-    return None if value is None else (value, not isinstance(value, mx.array))
+    return None if value is None else (value, _LAZY if isinstance(value, mx.array) else _HOST)
 
 
 def announce(address: int, value: Any) -> None:
@@ -72,5 +76,5 @@ def evaluate(values: Sequence[Any]) -> None:
 
 
 def schedule(values: Sequence[Any]) -> None:
-    """Start evaluating; the caller holds the lock."""
-    mx.async_eval(*[v for v in values if isinstance(v, mx.array)])
+    """Start evaluating arrays; the caller holds the lock."""
+    mx.async_eval(*values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ _making = threading.Lock()
 
 # An execution of more elements than this is evaluated at once; cheaper ones stay lazy until so many are waiting, or so many bytes.
 EAGER_COST = 1 << 17
-LAZY_LIMIT = 32
+LAZY_LIMIT = 256  # each start of an evaluation costs two changes of thread; 256 tiny programs are 1 ms of work (docs/performance.md)
 LAZY_BYTES = 256 << 20
 _DRAIN_MILLISECONDS = 5000
 
@@ -52,7 +53,10 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
     device = runtime.device()
     client()
     names = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
+    # MLX's own functions, since no Python code must run there. On a GPU the wait is long: `evaluate` holds no lock meanwhile.
+    waits = {"evaluate_now": mx.eval, "synchronize": functools.partial(mx.synchronize, device.stream)} if device.kind == "cpu" else {}
     return {
+        **waits,
         "platform_name": "mps",
         "platform_version": f"jax-mps on MLX {mx.__version__} ({device.kind})",
         "device_kind": f"MLX {device.kind} {device.architecture}",
@@ -92,6 +96,16 @@ def serialize(executable: Executable) -> bytes:
     if has_callbacks(executable.program):
         raise NotSerializable("a program with callbacks into Python cannot be serialized")
     return executable.source()
+
+
+def calls_back(fingerprint: bytes) -> bool:
+    """Whether the program of an executable calls back into Python, by its fingerprint; False if it is not known here."""
+    from jax_mps.pjrt.client import has_callbacks
+
+    try:
+        return has_callbacks(client().program(fingerprint.hex()))
+    except KeyError:
+        return False
 
 
 class NotSerializable(JaxMpsError):
