@@ -9,12 +9,11 @@ from typing import Any
 import mlx.core as mx
 
 from jax_mps import runtime
-from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
-from jax_mps.plan.segments import Callback, Device, Segment
+from jax_mps.plan.segments import Callback, Device, Segment, wants_compile
 from jax_mps.plan.show import announce_host
 from jax_mps.plan.types import DEVICE_DTYPES, TensorType
 
@@ -47,7 +46,7 @@ class Executable:
         """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
         assert self.function is not None
         function, leading = self.function.load()
-        compiled = _wants_compile()
+        compiled = wants_compile()
         if run == 0 or not compiled:
             return function, leading, compiled
         count("compiles")
@@ -67,11 +66,6 @@ def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:
     from jax_mps.calls import callbacks
 
     return tuple(callbacks.find(s.config) for s in calls if s.target == callbacks.TARGET)
-
-
-def _wants_compile() -> bool:
-    chosen = settings().compile
-    return runtime.device_kind() != "cpu" if chosen == "auto" else chosen == "1"
 
 
 def _pjrt(kind: TensorType) -> tuple[int, tuple[int, ...]]:

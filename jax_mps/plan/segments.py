@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_mps import runtime
 from jax_mps._shim import lib
+from jax_mps.config import settings
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.plan.loops import Counter
@@ -177,6 +178,12 @@ def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
 # ---- device ----------------------------------------------------------------------------------------------------------------------
 
 
+def wants_compile() -> bool:
+    """Whether functions are compiled from their second run on: the first makes their constants real (MLX.md, A6)."""
+    chosen = settings().compile
+    return runtime.device_kind() != "cpu" if chosen == "auto" else chosen == "1"
+
+
 @dataclass(slots=True)
 class Device(Segment):
     """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
@@ -193,6 +200,8 @@ class Device(Segment):
     files: Files
     _function: Callable[..., Any] | None = None
     _leading: tuple[mx.array, ...] = ()
+    _runs: int = 0
+    _compiled: Callable[..., Any] | None = None
 
     def load(self) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
         """The function and its leading inputs, imported at the first call."""
@@ -205,6 +214,9 @@ class Device(Segment):
     def run(self, values: list[Any]) -> Sequence[Any]:
         with runtime.locked():
             function, leading = self.load()
+            self._runs += 1
+            if self._runs > 1 and wants_compile():
+                function = self._compiled = self._compiled or mx.compile(function)
             return function(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])  # type: ignore[no-any-return]
 
     def to_manifest(self) -> Manifest:
