@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_mps import compat
-from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, JaxMpsError
+from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, InvalidOption, JaxMpsError
 from jax_mps.host import kept
 from jax_mps.plan.text import module_text
 from jax_mps.plan.types import Step, TensorType, Value, numpy_dtype
@@ -99,6 +99,22 @@ _executables: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValu
 _lock = threading.Lock()
 
 
+@functools.lru_cache(maxsize=64)
+def check_options(options: bytes) -> None:
+    """Let XLA's CPU backend read the user's overrides in a serialized CompileOptionsProto: what it refuses is refused on this platform.
+
+    Raises:
+        InvalidOption: an option that XLA does not know, or a value that it cannot have.
+    """
+    xla, cpu = compat.xla_client(), _cpu()
+    trial = xla.CompileOptions()
+    trial.env_option_overrides = xla.CompileOptions.ParseFromString(options).env_option_overrides
+    try:
+        cpu.compile("func.func @main() { return }", trial)
+    except Exception as error:  # jaxlib's error classes differ between versions
+        raise InvalidOption(str(error).removeprefix("INVALID_ARGUMENT: ")) from error
+
+
 def _compiled(artifact: bytes, inputs: Sequence[TensorType]) -> _Executable:
     key = hashlib.sha256(artifact).digest()
     with _lock:
@@ -163,9 +179,12 @@ class _Cpu:
         """The artifact's executable: kept from an earlier process, or compiled."""
         found = kept.load(artifact, lambda code: self._client.deserialize_executable(code, self._list, None))
         if found is None:
-            found = self._client.compile_and_load(artifact, self._list, self._compile_options)
+            found = self.compile(artifact, self._compile_options)
             kept.keep(artifact, found.serialize)
         return found
+
+    def compile(self, program: bytes | str, options: Any) -> Any:
+        return self._client.compile_and_load(program, self._list, options)
 
     def put(self, aval: Any, array: Array) -> Any:
         # without enable_x64, 64-bit elements are silently narrowed when JAX's flag is off

@@ -5,13 +5,14 @@ The option bytes are not deterministic between processes (a map inside is in ran
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jax_mps.errors import InvalidProgram
 
-_MAGIC = b"jax-mps program 1\n"
+_MAGIC = b"jax-mps program 2\n"  # then a sha256 of the rest, since MLIR's reader may crash on damaged bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ def read(options: bytes) -> CompileOptions:
 
     Raises:
         InvalidProgram: the bytes are no protobuf message.
+        InvalidOption: the user gave an option that XLA does not know, or a value that it cannot have.
     """
     try:
         replicas = partitions = 1
@@ -45,6 +47,10 @@ def read(options: bytes) -> CompileOptions:
                 overrides.append((_text(entry.get(1, b"")), repr(_override(entry.get(2, b"")))))
     except (IndexError, ValueError, struct.error) as error:
         raise InvalidProgram(f"the compile options are no CompileOptionsProto: {error}") from error
+    if overrides:
+        from jax_mps.host.xla import check_options
+
+        check_options(options)
     return CompileOptions(replicas, partitions, tuple(sorted(overrides)))
 
 
@@ -91,19 +97,21 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 def pack(code: bytes, options: bytes) -> bytes:
     """A serialized executable: the program and its options. Loading it compiles, which the disk cache makes a read."""
-    return _MAGIC + struct.pack("<QQ", len(code), len(options)) + code + options
+    rest = struct.pack("<QQ", len(code), len(options)) + code + options
+    return _MAGIC + hashlib.sha256(rest).digest() + rest
 
 
 def unpack(data: bytes) -> tuple[bytes, bytes]:
     """What `pack` packed.
 
     Raises:
-        InvalidProgram: the bytes are not one of ours, or cut short.
+        InvalidProgram: the bytes are not one of ours, cut short or damaged.
     """
-    head = len(_MAGIC) + 16
-    if not data.startswith(_MAGIC) or len(data) < head:
-        raise InvalidProgram("the serialized executable was not made by jax-mps")
-    code, options = struct.unpack("<QQ", data[len(_MAGIC) : head])
-    if len(data) != head + code + options:
-        raise InvalidProgram("the serialized executable is cut short")
-    return data[head : head + code], data[head + code :]
+    head = len(_MAGIC) + 32
+    if not data.startswith(_MAGIC) or len(data) < head + 16:
+        raise InvalidProgram("the serialized executable was not made by this version of jax-mps, or is cut short")
+    digest, rest = data[len(_MAGIC) : head], data[head:]
+    if hashlib.sha256(rest).digest() != digest:
+        raise InvalidProgram("the serialized executable is damaged or cut short: its checksum is wrong")
+    size, _ = struct.unpack("<QQ", rest[:16])
+    return rest[16 : 16 + size], rest[16 + size :]

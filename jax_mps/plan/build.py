@@ -59,16 +59,28 @@ def parse(code: bytes) -> ir.Module:
         InvalidProgram: the bytes are none of these, or do not verify.
     """
     context = make_context()
+    said: list[str] = []
+    # the bindings' own way of collecting messages ends the process when one is no UTF-8 (jaxlib 0.10 to 0.12)
+    context.emit_error_diagnostics = True
+    with context.attach_diagnostic_handler(lambda diagnostic: said.append(_message(diagnostic)) or True):
+        try:
+            if code[:4] == b"ML\xefR":
+                return stablehlo.deserialize_portable_artifact(context, code)
+        except Exception as error:  # the bindings raise bare RuntimeError, ValueError and MLIRError for the same thing
+            log.debug("no portable artifact: %s", error)
+        try:
+            with context:
+                return ir.Module.parse(code)
+        except Exception as error:
+            reason = "; ".join(dict.fromkeys(said)) or str(error)
+            raise InvalidProgram(f"the program ({len(code)} bytes) is no StableHLO module that this jaxlib can read: {reason}") from error
+
+
+def _message(diagnostic: ir.Diagnostic) -> str:
     try:
-        if code[:4] == b"ML\xefR":
-            return stablehlo.deserialize_portable_artifact(context, code)
-    except Exception as error:  # the bindings raise bare RuntimeError, ValueError and MLIRError for the same thing
-        log.debug("no portable artifact: %s", error)
-    try:
-        with context:
-            return ir.Module.parse(code)
-    except Exception as error:
-        raise InvalidProgram(f"the program ({len(code)} bytes) is no StableHLO module that this jaxlib can read: {error}") from error
+        return f"{diagnostic.message} ({location})" if (location := _location(diagnostic.location)) else str(diagnostic.message)
+    except (RuntimeError, UnicodeDecodeError):  # it quotes bytes that are no text
+        return "a name that is not UTF-8"
 
 
 def canonical(module: ir.Module) -> bytes:
@@ -108,7 +120,12 @@ def build(module: ir.Module, claims: Claims = lambda step: False) -> Plan:
     Raises:
         InvalidProgram: no entry function, a dynamic shape that nothing refines, or a call of an unknown function.
     """
-    return _Builder(module, claims).plan()
+    try:
+        return _Builder(module, claims).plan()
+    except RuntimeError as error:
+        if "conversion error" not in str(error):  # nanobind's words
+            raise
+        raise InvalidProgram("the program holds a name that is not UTF-8") from error
 
 
 class _Builder:
