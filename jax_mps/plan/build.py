@@ -62,7 +62,12 @@ def parse(code: bytes) -> ir.Module:
     said: list[str] = []
     # the bindings' own way of collecting messages ends the process when one is no UTF-8 (jaxlib 0.10 to 0.12)
     context.emit_error_diagnostics = True
-    with context.attach_diagnostic_handler(lambda diagnostic: said.append(_message(diagnostic)) or True):
+
+    def keep(diagnostic: ir.Diagnostic) -> bool:
+        said.append(_message(diagnostic))
+        return True
+
+    with context.attach_diagnostic_handler(keep):
         try:
             if code[:4] == b"ML\xefR":
                 return stablehlo.deserialize_portable_artifact(context, code)
