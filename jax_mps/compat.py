@@ -203,7 +203,7 @@ def _linalg() -> None:
     missing = [name for name in _LAPACK if not hasattr(linalg, f"{name}_p")]
     for name in _LAPACK:
         if name not in missing:
-            _copy_cpu_rule(getattr(linalg, f"{name}_p"))
+            _copy_cpu_rule(getattr(linalg, f"{name}_p"), _widened)
     if missing:
         raise _Missing(f"no primitive {', '.join(missing)}")
 
@@ -214,22 +214,154 @@ _LAPACK = (
 )  # fmt: skip
 
 
-def _copy_cpu_rule(primitive: Any) -> None:
+def _copy_cpu_rule(primitive: Any, wrap: Callable[[Any, Any], Any] = lambda primitive, rule: rule) -> None:
     from jax._src.interpreters import mlir
 
     entry = mlir._platform_specific_lowerings["cpu"][primitive]
-    mlir.register_lowering(primitive, entry.rule, platform=PLATFORM, inline=entry.inline)
+    mlir.register_lowering(primitive, wrap(primitive, entry.rule), platform=PLATFORM, inline=entry.inline)
+
+
+def _widened(primitive: Any, rule: Any) -> Any:
+    """LAPACK has no half precision: compute in float32."""
+    from jax._src.interpreters import mlir
+
+    def wide(ctx: Any, *operands: Any, **parameters: Any) -> Any:
+        if not any(aval.dtype.name in _HALF for aval in ctx.avals_in):
+            return rule(ctx, *operands, **parameters)
+
+        def run(*arrays: Any) -> Any:
+            found = primitive.bind(*(a.astype("float32") if a.dtype.name in _HALF else a for a in arrays), **parameters)
+            results = found if primitive.multiple_results else [found]
+            return [r.astype(aval.dtype) for r, aval in zip(results, ctx.avals_out, strict=True)]
+
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+    return wide
+
+
+_HALF = frozenset(["bfloat16", "float16"])
+
+
+@_feature("rules of cpu", _after)
+def _rules_of_cpu() -> None:
+    """A primitive that has a rule for cpu and no generic one (sparse solvers, a user's own) takes cpu's: what it calls runs on the host."""
+    from jax._src.interpreters import mlir
+
+    rules, known = mlir._platform_specific_lowerings, mlir._lowerings
+    if not isinstance(rules[PLATFORM], _Rules):
+        rules[PLATFORM] = _Rules(rules[PLATFORM], rules["cpu"], known)
+
+
+class _Rules(dict[Any, Any]):
+    """Rules of mps by primitive, then those of cpu for primitives without a generic rule, now or when they are registered."""
+
+    def __init__(self, own: dict[Any, Any], cpu: dict[Any, Any], generic: dict[Any, Any]) -> None:
+        super().__init__(own)
+        self.cpu, self.generic = cpu, generic
+
+    def __contains__(self, primitive: Any) -> bool:
+        return super().__contains__(primitive) or (primitive in self.cpu and primitive not in self.generic)
+
+    def __missing__(self, primitive: Any) -> Any:
+        return self.cpu[primitive]
+
+
+@_feature("platform_dependent", _after)
+def _platform_dependent() -> None:
+    """Where `lax.platform_dependent` names cpu, neither mps nor a default, mps takes cpu's branch."""
+    from jax._src.interpreters import mlir
+    from jax._src.lax.control_flow import conditionals
+
+    index, cond = (mlir._lowerings[p] for p in (conditionals.platform_index_p, conditionals.cond_p))
+
+    def lower_index(ctx: Any, *, platforms: Any) -> Any:
+        return index.rule(ctx, platforms=_with_mps(platforms))
+
+    def lower_cond(ctx: Any, *operands: Any, branches_platforms: Any = None, **parameters: Any) -> Any:
+        if branches_platforms is not None:
+            parameters["branches_platforms"] = _with_mps(branches_platforms)
+        return cond.rule(ctx, *operands, **parameters)
+
+    mlir.register_lowering(conditionals.platform_index_p, lower_index, inline=index.inline)
+    mlir.register_lowering(conditionals.cond_p, lower_cond, inline=cond.inline)
+
+
+def _with_mps(platforms: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tuples of platforms' names, None for the default; mps beside cpu where nothing else is for it."""
+    if any(names is None or PLATFORM in names for names in platforms):
+        return platforms
+    return tuple((*names, PLATFORM) if "cpu" in names else names for names in platforms)
+
+
+@_feature("persistent cache", _after)
+def _persistent_cache() -> None:
+    """JAX's own compilation cache, where the user turns it on: it is for platforms on a list inside one function."""
+    from jax._src import compilation_cache, compiler
+
+    if not callable(compiler._cache_write):
+        raise _Missing("jax._src.compiler._cache_write is no function")
+    if not isinstance(compilation_cache.is_cache_used, functools.partial):
+        compilation_cache.is_cache_used = functools.partial(_is_cache_used, compilation_cache.is_cache_used)
+        compiler._cache_write = functools.partial(_cache_write, compiler._cache_write)
+
+
+def _is_cache_used(original: Callable[..., bool], backend: Any) -> bool:
+    return original(_Serializes() if backend.platform == PLATFORM else backend)
+
+
+def _cache_write(
+    original: Callable[..., None], key: str, seconds: float, name: str, backend: Any, executable: Any, *callbacks: Any
+) -> None:
+    """JAX's; a program with callbacks is not written. JAX 0.10 says so itself when it is told of them."""
+    if backend.platform == PLATFORM:
+        from jax_mps.pjrt import entry
+
+        if entry.calls_back(bytes(executable.fingerprint or b"")):
+            if not callbacks:
+                log.debug("%s calls back into Python and is not written to JAX's persistent cache", name)
+                return
+            callbacks = ((PLATFORM,),)
+    original(key, seconds, name, backend, executable, *callbacks)
+
+
+class _Serializes:
+    """A backend, as far as JAX's cache asks."""
+
+    platform = "cpu"
+    supports_executable_serialization = True
 
 
 @_feature("callbacks", _after)
 def _callbacks() -> None:
     """`pure_callback` and `io_callback`: their rules are generic, and emit through one function that knows a list of platforms."""
     from jax._src import callback
+    from jax.interpreters import mlir
 
     if not callable(callback.emit_python_callback):
         raise _Missing("jax._src.callback.emit_python_callback is no function")
     if not isinstance(callback.emit_python_callback, functools.partial):
         callback.emit_python_callback = functools.partial(_emit, callback.emit_python_callback)
+    if hasattr(mlir, "emit_python_callback"):  # the sparse solvers' name for it
+        mlir.emit_python_callback = callback.emit_python_callback
+
+
+@_feature("buffer callbacks", _after)
+def _buffer_callbacks() -> None:
+    """`jax.experimental.buffer_callback`: a function that writes into its results."""
+    from jax._src import buffer_callback
+    from jax._src.interpreters import mlir
+
+    def rule(
+        ctx: Any, *operands: Any, callback: Any, in_tree: Any, out_tree: Any, has_side_effect: bool, input_output_aliases: Any, **_: Any
+    ) -> Any:
+        from jax_mps.calls import buffers
+
+        outputs = [(aval.shape, aval.dtype) for aval in ctx.avals_out]
+        run = buffers.writer(callback, in_tree, out_tree, outputs, {o: i for i, o in input_output_aliases})
+        results, _, _ = _emit(None, ctx, run, None, operands, ctx.avals_in, ctx.avals_out, has_side_effect=has_side_effect)
+        return results
+
+    mlir.register_lowering(buffer_callback.buffer_callback_p, rule, platform=PLATFORM)
 
 
 @_feature("debug callbacks", _after)
@@ -296,7 +428,7 @@ def _threefry() -> None:
 
 
 def _emit(
-    original: Callable[..., Any],
+    original: Callable[..., Any] | None,
     ctx: Any,
     callback: Callable[..., Any],
     token: Any,
@@ -310,7 +442,7 @@ def _emit(
     **options: Any,
 ) -> tuple[Sequence[Any], Any, Any]:
     """JAX's `emit_python_callback`; for mps, a custom call that names the function's entry in our table."""
-    if tuple(ctx.module_context.platforms) != (PLATFORM,):
+    if original is not None and tuple(ctx.module_context.platforms) != (PLATFORM,):
         given = {"has_side_effect": has_side_effect, "returns_token": returns_token, "sharding": sharding, **options}
         return original(ctx, callback, token, operands, operand_avals, result_avals, **given)  # type: ignore[no-any-return]
 

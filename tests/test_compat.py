@@ -25,7 +25,7 @@ X = np.arange(1, 5, dtype=np.float32)
 RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
     "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "checkify", "approx_top_k", "ffi targets",
-    "random bits",
+    "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
 }  # fmt: skip
 
 
@@ -338,3 +338,99 @@ def test_put_on_mps_keeps_the_dtype(dtype: str) -> None:
 def test_stats_are_there() -> None:
     """The package's public face imports."""
     assert jax_mps.stats()["translations"] >= 0
+
+
+# ---- what JAX says of cpu ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 refuses half types itself")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve"])
+def test_half_types_are_widened(name: str, dtype: str) -> None:
+    """LAPACK computes in float32; results come back in the dtype that JAX announces."""
+    functions: dict[str, Callable[..., Any]] = {
+        "cholesky": lax.linalg.cholesky, "eigh": lambda a: lax.linalg.eigh(a)[1], "lu": lambda a: lax.linalg.lu(a)[0],
+        "qr": lambda a: lax.linalg.qr(a)[1], "svd": lambda a: lax.linalg.svd(a, compute_uv=False),
+        "triangular_solve": lambda a: lax.linalg.triangular_solve(a, a),
+    }  # fmt: skip
+    x = jnp.asarray(MATRIX, dtype)
+    got, want = jax.jit(functions[name])(x), functions[name](x.astype(np.float32))
+    if isinstance(got, (list, tuple)):
+        [got], [want] = got, want
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want), rtol=0.02, atol=0.05)
+
+
+def test_rules_of_cpu() -> None:
+    """A primitive with a rule for cpu only lowers for mps, though the rule came after the plugin; a generic rule goes first."""
+    from jax._src import core
+    from jax._src.interpreters import mlir
+
+    plus = {"cpu": 1, None: 2}
+    for platforms, want in ([("cpu",), 1], [("cpu", None), 2]):
+        primitive = core.Primitive("test_compat")
+        primitive.def_abstract_eval(lambda x: x)
+        for platform in platforms:
+            rule = mlir.lower_fun(lambda x, by=plus[platform]: x + by, multiple_results=False)
+            mlir.register_lowering(primitive, rule, platform=platform)
+        np.testing.assert_array_equal(jax.jit(primitive.bind)(X), X + want)
+
+
+def test_sparse_solver() -> None:
+    """Its rule for cpu is a callback into scipy."""
+    from jax.experimental.sparse.linalg import spsolve
+
+    data, indices, indptr = np.float32([2, 4, 8]), np.int32([0, 1, 2]), np.int32([0, 1, 2, 3])
+    np.testing.assert_allclose(jax.jit(lambda b: spsolve(data, indices, indptr, b))(X[:3]), X[:3] / data, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("branches", "want"),
+    [(("cpu", "cuda"), "cpu"), (("cpu", "default"), "default"), (("cpu", "mps"), "mps"), (("cuda", "default"), "default")],
+)
+def test_platform_dependent(branches: tuple[str, ...], want: str) -> None:
+    """mps takes its own branch, else the default, else cpu's."""
+    adds = {"cpu": 1, "cuda": 2, "mps": 3, "default": 4}
+    given: dict[str, Callable[..., Any]] = {name: functools.partial(jnp.add, adds[name]) for name in branches}
+    np.testing.assert_array_equal(jax.jit(lambda x: lax.platform_dependent(x, **given))(X), X + adds[want])
+
+
+def test_jax_persistent_cache(tmp_path: Any) -> None:
+    """A program is written once; one with callbacks never."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_raise_persistent_cache_errors": True,
+    }  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in options}
+    compilation_cache.reset_cache()
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        x = jnp.asarray(X)
+        jax.jit(twice)(x)
+        assert not [p for p in tmp_path.iterdir() if "twice" in p.name]
+        for _ in range(2):
+            np.testing.assert_array_equal(jax.jit(lambda v: v * 3 + 1)(x), X * 3 + 1)
+            jax.clear_caches()
+        assert len([p for p in tmp_path.iterdir() if "lambda" in p.name and p.name.endswith("-cache")]) == 1
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_buffer_callback() -> None:
+    """The function writes into its results, and into an input where that is the result's memory."""
+    from jax.experimental.buffer_callback import ExecutionStage, buffer_callback
+
+    def write(context: Any, out: Any, x: Any) -> None:
+        assert context.stage == ExecutionStage.EXECUTE
+        assert (out.writeable, x.writeable, x.shape, x.dtype.name) == (True, False, (4,), "float32")
+        np.asarray(out)[...] = np.asarray(x) + np.from_dlpack(x)
+
+    kept = jnp.asarray(X)
+    np.testing.assert_array_equal(jax.jit(buffer_callback(write, RESULT))(kept), X * 2)
+    np.testing.assert_array_equal(jax.jit(buffer_callback(lambda context, out, x: None, RESULT, input_output_aliases={0: 0}))(kept), X)
+    np.testing.assert_array_equal(kept, X)

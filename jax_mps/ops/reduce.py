@@ -22,7 +22,7 @@ _RUN = 256
 def reduce(op: Step, body: LoweredRegion) -> Run:
     count = len(op.results)
     axes = tuple(sorted(op.dimensions))
-    if math.prod(op.operand.shape[d] for d in axes) == 0:
+    if op.operand.size == 0:
         return lambda *arrays: [mx.broadcast_to(init, op.result.shape) for init in arrays[count:]]
     names = folds(body.region)
     if names is not None and all(_is_direct(n, v.dtype) for n, v in zip(names, op.operands[:count], strict=True)):

@@ -57,6 +57,10 @@ CASES = [
     for axes in [(1,), (0, 2), (0, 1, 2), ()]
 ]
 CASES += [
+    Case(f"{name}_nothing_to_find", lambda x, f=f: f(x, 0, np.int32), (normal(2, 0),))
+    for name, f in [("argmax", lax.argmax), ("argmin", lax.argmin)]
+]
+CASES += [
     Case(f"{name}_complex64", fold(NAMES[name], init, (0, 2)), (normal(*SHAPE, dtype="complex64"),), rtol=1e-4, atol=1e-4)
     for name, init in [("add", 0), ("mul", 1)]
 ]
