@@ -151,12 +151,19 @@ def evaluate(values: Sequence[mx.array]) -> None:
     where = device()
     if where.kind == "cpu":
         start(values)
-        mx.synchronize(where.stream)
+        wait()
         return
     with locked():
         sentinel = mx.depends([mx.zeros((1,), mx.uint8) + 0], list(values))[0]
         mx.async_eval(*values, sentinel)
     mx.eval(sentinel)
+
+
+def wait() -> None:
+    """Block until what was started is evaluated, without the lock; on a GPU, whose stream only one thread may touch, return at once."""
+    where = device()
+    if where.kind == "cpu":
+        mx.synchronize(where.stream)
 
 
 def start(values: Sequence[mx.array]) -> None:

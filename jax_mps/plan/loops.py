@@ -165,11 +165,40 @@ def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bo
             known[step.results[0]] = step.value
         if step.regions and step.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if"):
             step = replace(step, regions=tuple(unroll_short(r, known, fits) for r in step.regions))
-        carry = _unrolled(step, known, fits, steps) if step.name == "stablehlo.while" else None
-        if carry is None:
+        results = step.results
+        if step.name == "stablehlo.while":
+            step, results = without_invariants(step)
+            carry = _unrolled(step, known, fits, steps)
+            if carry is None:
+                steps.append(step)
+            else:
+                again = dict(zip(step.results, carry, strict=True))
+                results = tuple(again.get(v, v) for v in results)
+        else:
             steps.append(step)
-        names.update(zip(original.results, step.results if carry is None else carry, strict=True))
+        names.update(zip(original.results, results, strict=True))
     return Region(region.arguments, tuple(steps), tuple(names.get(v, v) for v in region.results))
+
+
+def without_invariants(loop: Step) -> tuple[Step, tuple[Value, ...]]:
+    """The loop with the carries that its body returns unchanged as captures, and what stands for each of its results: a carry is passed,
+    evaluated and kept alive once per iteration, a capture never."""
+    cond, body = loop.regions
+    fixed = invariants(body)
+    kept = [i for i in range(len(loop.operands)) if i not in fixed]
+    if not fixed or not kept:
+        return loop, loop.results
+
+    def slim(region: Region, results: Sequence[Value]) -> Region:
+        arguments = tuple(Value(region.arguments[i].type) for i in kept)
+        names = {region.arguments[i]: loop.operands[i] for i in fixed} | dict(zip((region.arguments[i] for i in kept), arguments, strict=True))
+        steps = tuple(_renamed(s, names) for s in region.steps)
+        return Region(arguments, steps, tuple(names.get(v, v) for v in results))
+
+    regions = (slim(cond, cond.results), slim(body, [body.results[i] for i in kept]))
+    operands, results = (tuple(values[i] for i in kept) for values in (loop.operands, loop.results))
+    slimmer = replace(loop, operands=operands, results=results, regions=regions)
+    return slimmer, tuple(loop.operands[i] if i in fixed else v for i, v in enumerate(loop.results))
 
 
 def _unrolled(step: Step, constants: Constants, fits: Callable[[Step], bool], steps: list[Step]) -> tuple[Value, ...] | None:

@@ -103,12 +103,12 @@ def host_array(value: mx.array) -> np.ndarray[Any, Any]:
 
 @dataclass(slots=True)
 class Node:
-    """A segment and its slots in the block's table of values; `dead` are the slots that nobody reads after it."""
+    """A segment and its slots in the block's table of values; `last` are the slots that nobody reads after it."""
 
     segment: Segment
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    dead: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ class Block:
     def __post_init__(self) -> None:
         seen: set[int] = set(self.outputs)
         for node in reversed(self.nodes):
-            node.dead = tuple(s for s in dict.fromkeys((*node.reads, *node.writes)) if s not in seen)
+            node.last = tuple(s for s in dict.fromkeys(node.reads) if s not in seen)
             seen.update(node.reads)
 
     def run(self, values: list[Any]) -> list[Any]:
@@ -132,11 +132,11 @@ class Block:
         values.clear()
         for node in self.nodes:
             arguments = [table[s] for s in node.reads]
+            for slot in node.last:  # before it runs: a loop works in place on what only it holds
+                table[slot] = None
             results = node.segment.run(arguments)
             for slot, value in zip(node.writes, results, strict=True):
                 table[slot] = value
-            for slot in node.dead:
-                table[slot] = None
         return [table[s] for s in self.outputs]
 
     @property
@@ -212,6 +212,12 @@ class Device(Segment):
         return self._function, self._leading
 
     def run(self, values: list[Any]) -> Sequence[Any]:
+        if self._function is not None and not wants_compile() and all(isinstance(v, mx.array) for v in values):
+            lib.shim_lock()  # an imported function has its stream: setting ours would cost as much as the call
+            try:
+                return self._function(*self._leading, *values)  # type: ignore[no-any-return]
+            finally:
+                lib.shim_unlock()
         with runtime.locked():
             function, leading = self.load()
             self._runs += 1
@@ -303,8 +309,13 @@ class Callback(Segment):
 def read_scalar(value: Any) -> int:
     """A 0-d integer or bool, waiting for it."""
     if isinstance(value, mx.array):
-        with runtime.locked():
+        runtime.start([value])
+        runtime.wait()
+        lib.shim_lock()
+        try:
             return int(value.item())  # type: ignore[arg-type]  # an integer or a bool: the caller knows
+        finally:
+            lib.shim_unlock()
     return int(np.asarray(value).item())
 
 
@@ -331,14 +342,14 @@ class Loop(Segment):
     kind: str = "int32"  # the counter's type
 
     def run(self, values: list[Any]) -> Sequence[Any]:
-        carry, captures = values[: self.carry], values[self.carry :]
-        values.clear()
+        captures = values[self.carry :]
+        del values[self.carry :]
         lib.shim_watch_interrupts(1)
         try:
-            trips = self.trips(carry, captures)
+            trips = self.trips(values, captures)
             if trips is not None:
-                return self.counted(carry, captures, trips)
-            return self.tested(carry, captures)
+                return self.counted(values, captures, trips)
+            return self.tested(values, captures)
         finally:
             lib.shim_watch_interrupts(0)
 
@@ -356,7 +367,9 @@ class Loop(Segment):
         trips = counter.trips(start, bound)
         return trips if info.min <= start + trips * counter.step <= info.max else None
 
-    def counted(self, carry: list[Any], captures: list[Any], trips: int) -> list[Any]:
+    def counted(self, values: list[Any], captures: list[Any], trips: int) -> list[Any]:
+        carry = list(values)
+        values.clear()  # nobody else may hold a carry: its memory is the next one's
         seen = lib.shim_interrupts()
         if self.chunk is not None:
             while trips >= self.chunk_length:
@@ -370,7 +383,9 @@ class Loop(Segment):
                 settle(carry, seen)
         return carry
 
-    def tested(self, carry: list[Any], captures: list[Any]) -> list[Any]:
+    def tested(self, values: list[Any], captures: list[Any]) -> list[Any]:
+        carry = list(values)
+        values.clear()
         seen = lib.shim_interrupts()
         going = read_scalar(self.cond.run(carry + captures)[0])
         while going:
@@ -412,8 +427,7 @@ def settle(values: Sequence[Any], interrupts: int) -> None:
         raise Interrupted("a loop was interrupted")
     arrays = [v for v in values if isinstance(v, mx.array)]
     if arrays:
-        with runtime.locked():
-            mx.async_eval(*arrays)
+        runtime.start(arrays)
 
 
 def ops_of(block: Block) -> int:
