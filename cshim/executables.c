@@ -317,6 +317,8 @@ PJRT_Error* Executable_Serialize(PJRT_Executable_Serialize_Args* args) {
 PJRT_Error* Executable_OptimizedProgram(PJRT_Executable_OptimizedProgram_Args* args) {
   REFUSE_IF_CLOSED();
   PJRT_Executable* executable = args->executable;
+  if (!caller_has_gil()) /* jaxlib, which asks three times a compile; `as_text` asks with the GIL */
+    return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the optimized program of %s", executable->name);
   PJRT_Program* program = args->program;
   PJRT_Error* error = NULL;
   PyGILState_STATE gil = PyGILState_Ensure();

@@ -434,3 +434,13 @@ def test_buffer_callback() -> None:
     np.testing.assert_array_equal(jax.jit(buffer_callback(write, RESULT))(kept), X * 2)
     np.testing.assert_array_equal(jax.jit(buffer_callback(lambda context, out, x: None, RESULT, input_output_aliases={0: 0}))(kept), X)
     np.testing.assert_array_equal(kept, X)
+
+
+def test_a_compiled_program_as_text() -> None:
+    """HLO of the program, annotations of shardings apart."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    program = jax.jit(lambda x: lax.with_sharding_constraint(jnp.sin(x) * 2, sharding), in_shardings=sharding)
+    text = program.lower(X).compile().as_text()
+    assert text.startswith("HloModule")
+    assert "sine" in text

@@ -19,11 +19,13 @@ class Buffer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        shape: tuple[int, ...] = self.array.shape
+        return shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.array.dtype
+        dtype: np.dtype[Any] = self.array.dtype
+        return dtype
 
     @property
     def ndim(self) -> int:
@@ -60,7 +62,7 @@ class Context:
 
 
 def writer(
-    function: Callable[..., None], in_tree: Any, out_tree: Any, outputs: Sequence[tuple[tuple[int, ...], Any]], aliases: Mapping[int, int]
+    function: Callable[..., Any], in_tree: Any, out_tree: Any, outputs: Sequence[tuple[tuple[int, ...], Any]], aliases: Mapping[int, int]
 ) -> Callable[..., list[Array]]:
     """The user's function as one that returns its results.
 

@@ -6,6 +6,7 @@ What a composite or a custom call means is not decided here; a composite that no
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -111,6 +112,25 @@ def canonical(module: ir.Module) -> bytes:
 # Strings are matched first, so that what looks like a name inside one is left alone.
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _NAMED = re.compile(rf"(?P<info>jax\.(?:result_info|arg_info) = {_STRING})|sym_name = (?P<defined>{_STRING})|@(?P<used>{_STRING}|[\w.$-]+)|{_STRING}")
+
+
+def bytecode(module: ir.Module) -> bytes:
+    """The module in MLIR's bytecode; what says where values lie is left out, since XLA's converter to HLO refuses it."""
+    for op in list(_operations(module.operation)):
+        if op.name in _IDENTITIES:
+            op.results[0].replace_all_uses_with(op.operands[0])
+            op.erase()
+    written = io.BytesIO()
+    module.operation.write_bytecode(written)
+    return written.getvalue()
+
+
+def _operations(op: ir.Operation) -> Iterator[ir.Operation]:
+    for region in op.regions:
+        for block in region.blocks:
+            for view in block.operations:
+                yield view.operation
+                yield from _operations(view.operation)
 
 
 def module_name(module: ir.Module) -> str:

@@ -708,14 +708,15 @@ def case_metadata():
 
 
 def case_optimized_program():
-    """The optimized program is asked for its size, then for itself."""
+    """The optimized program is asked for its size, then for itself; without the GIL it is jaxlib that asks, at each compile."""
     install(optimized_program=lambda exe: b"module {}")
     exe = executable_of(double)
     program = table.new("PJRT_Program*", {})
-    table.Executable_OptimizedProgram(executable=exe, program=program)
+    fails(lambda: table.Executable_OptimizedProgram(executable=exe, program=program), code=12)
+    table.with_gil("Executable_OptimizedProgram", executable=exe, program=program)
     assert program.code_size == 9
     program.code = table.new("char[]", 9)
-    table.Executable_OptimizedProgram(executable=exe, program=program)
+    table.with_gil("Executable_OptimizedProgram", executable=exe, program=program)
     assert ffi.buffer(program.code, 9)[:] == b"module {}"
     assert ffi.buffer(program.format, program.format_size)[:] == b"mlir"
     install()

@@ -1,5 +1,6 @@
 """Drives the PJRT table itself, without JAX: what the framework would do, in a few lines of Python."""
 
+import ctypes
 import importlib.util
 import json
 from pathlib import Path
@@ -43,17 +44,22 @@ class Table:
         self.keep = []
 
     def __getattr__(self, name):
-        def call(**fields):
-            args = ffi.new(f"PJRT_{name}_Args*")
-            args.struct_size = ffi.sizeof(args[0])
-            for field, value in fields.items():
-                setattr(args, field, value)
-            error = getattr(self.api, f"PJRT_{name}")(args)
-            if isinstance(error, ffi.CData) and error != ffi.NULL:
-                raise self.taken(error)
-            return args
+        return lambda **fields: self.call(name, getattr(self.api, f"PJRT_{name}"), fields)
 
-        return call
+    def call(self, name, function, fields):
+        args = ffi.new(f"PJRT_{name}_Args*")
+        args.struct_size = ffi.sizeof(args[0])
+        for field, value in fields.items():
+            setattr(args, field, value)
+        error = function(args)
+        if isinstance(error, ffi.CData) and error != ffi.NULL:
+            raise self.taken(error)
+        return args
+
+    def with_gil(self, name, **fields):
+        """The same with the GIL held, as jaxlib has it in some calls; cffi lets go of it."""
+        function = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(int(ffi.cast("uintptr_t", getattr(self.api, f"PJRT_{name}"))))
+        return self.call(name, lambda args: ffi.cast("PJRT_Error*", function(int(ffi.cast("uintptr_t", args))) or 0), fields)
 
     def taken(self, error):
         message = self.Error_Message(error=error)
