@@ -126,6 +126,11 @@ def select_clamp(x, y):
     )
 
 
+def select_bits(x, y):
+    p = jnp.arange(256)[:, None] * jnp.arange(256) % 3 == 0
+    return jnp.where(p, x, y), jnp.where(p, x.T, y[0]), jnp.where(p, x, 0), jnp.where(p, 0, y), jnp.where(p, -jnp.zeros_like(x), y)
+
+
 def bitcasts(dtype):
     width = kind(dtype).itemsize * 8
     narrower = [f"{u}int{b}" for u in ("", "u") for b in (8, 16, 32, 64) if b <= width]
@@ -152,6 +157,7 @@ CASES = [
     *(Case(f"bitcast_{d}", bitcasts(d), (edges(d)[:20],)) for d in [*FLOATS, *INTEGERS]),
     Case("integer_power_negative", lambda x: (x**3, x**0), (edges("int32"),)),
     Case("where_broadcasts", lambda p, x: jnp.where(p, x, 0), (np.array([[True], [False]]), np.arange(3, dtype=np.int16))),
+    *(Case(f"select_bits_{d}", select_bits, (np.resize(edges(d), (256, 256)), np.resize(edges(d)[::-1], (256, 256)))) for d in [*FLOATS, "int64", "uint8"]),
     Case("empty", each(EXPONENTIALS, ROUNDING, CONVERSIONS), (np.zeros((0, 3), np.float32),)),
     Case("empty_integers", ARITHMETIC, (np.zeros((0,), np.int32), np.zeros((0,), np.int32))),
     Case("scalar", each(EXPONENTIALS, ROUNDING, ROOTS, CONVERSIONS), (np.float32(2.5),)),
