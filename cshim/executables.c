@@ -204,6 +204,7 @@ static PJRT_Error* executable_new(PJRT_Client* client, PyObject* object, const c
             read_text(object, "fingerprint", &executable->fingerprint, &executable->fingerprint_size) &&
             read_int(object, "code_size", &executable->code_size) && read_int(object, "cost", &executable->cost) &&
             read_bool(object, "effects", &executable->effects) && read_bool(object, "direct", &executable->direct) &&
+            read_bool(object, "waits", &executable->waits) &&
             read_types(object, "parameter_types", &executable->parameters) &&
             read_types(object, "output_types", &executable->outputs) && read_host_flags(object, executable) &&
             read_donated(object, executable) && fill_outputs(executable);

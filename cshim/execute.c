@@ -366,9 +366,10 @@ static PJRT_Error* job_new(PJRT_Executable* executable, Cell* const* inputs, siz
   job->executable = executable_retain(executable);
   job->outputs = malloc((output_count + 1) * sizeof *job->outputs);
   job->donated = donated ? malloc(count * sizeof *donated) : NULL;
-  job->done = executable->effects ? event_new() : NULL;
+  bool told = executable->effects || executable->waits; /* of its end */
+  job->done = told ? event_new() : NULL;
   PJRT_Error* error = threads_start_executor();
-  if (!error && (!job->outputs || (donated && !job->donated) || (executable->effects && !job->done)))
+  if (!error && (!job->outputs || (donated && !job->donated) || (told && !job->done)))
     error = no_memory();
   if (error) {
     job_free(job);
@@ -394,6 +395,11 @@ static void job_start(Job* job) {
   PyGILState_STATE gil = PyGILState_Ensure(); /* a callback: nobody else would run it, and its caller is waiting */
   job_run(job);
   PyGILState_Release(gil);
+}
+
+static PJRT_Error* await(PJRT_Event* event) {
+  PJRT_Event_Await_Args args = {.struct_size = sizeof args, .event = event};
+  return Event_Await(&args);
 }
 
 static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buffers, Cell** inputs, size_t count,
@@ -424,6 +430,13 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     if (!error) *done = event_retain(job->done);
     leave_arguments(buffers, inputs, count, error ? NULL : donated);
     if (!error) job_start(job); /* after the caller let go, so that donated values have one owner */
+    if (!error && executable->waits) {
+      error = await(*done);
+      if (error) {
+        event_release(*done);
+        *done = NULL;
+      }
+    }
   } else {
     PyObject* results;
     PJRT_Error* late;

@@ -204,7 +204,7 @@ struct PJRT_Executable {
   char *name, *fingerprint, *options;
   size_t name_size, fingerprint_size, options_size;
   int64_t code_size, cost;
-  bool effects, direct;
+  bool effects, direct, waits;
   Types parameters, outputs;
   bool* output_is_host;
   bool* donated; /* by parameter; NULL when none is */

@@ -38,6 +38,7 @@ class Executable:
         function = program.direct
         self.function: Device | None = function if function is not None and not any(self.output_is_host) else None
         self.direct = self.function is not None
+        self.waits = _waits(program)
         self.cost = self.function.cost if self.function else 0
         self.copied = program.identities
         self.pinned = _callbacks(program.segments())
@@ -66,6 +67,12 @@ def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:
     from jax_mps.calls import callbacks
 
     return tuple(callbacks.find(s.config) for s in calls if s.target == callbacks.TARGET)
+
+
+def _waits(program: Program) -> bool:
+    """Whether a call waits for its end: a callback that fails raises from the call, as on other platforms. Where callbacks have effects, an
+    event tells of failure; elsewhere nobody might ever ask."""
+    return not program.effects and any(isinstance(s, Callback) for s in program.segments())
 
 
 def _pjrt(kind: TensorType) -> tuple[int, tuple[int, ...]]:

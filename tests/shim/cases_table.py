@@ -25,7 +25,7 @@ class Program:
         self.output_types = ((dtype, shape),) * outputs
         self.output_is_host = (False,) * outputs
         self.donated = ()
-        self.effects = False
+        self.effects = self.waits = False
         self.direct = True
         self.cost = 1
         self.copied = ()
@@ -705,6 +705,16 @@ def case_metadata():
     again = table.Client_Load(client=client, executable=exe).loaded_executable
     table.Executable_Destroy(executable=exe)
     table.LoadedExecutable_Destroy(executable=again)
+
+
+def case_a_program_that_is_waited_for():
+    """Its call returns when it ran, and raises what it raised, though it has no effects."""
+    x = put(1, 2, 3, 4)
+    (y,), done = table.execute(load(Program(thunk(np.negative), direct=False, waits=True)), [x])
+    assert table.is_ready(done)
+    table.Event_Destroy(event=done)
+    fails(lambda: table.execute(load(Program(lambda x: 1 / 0, direct=False, waits=True)), [x]), "ZeroDivisionError")
+    table.destroy(x, y)
 
 
 def case_optimized_program():

@@ -166,7 +166,7 @@ class Executable:
         self.code_size = len(code)
         self.output_is_host = tuple(dtype == 12 for dtype, _ in self.output_types)
         self.donated = (0,) if "donate" in self.name else ()
-        self.effects = "effect" in self.name
+        self.effects, self.waits = "effect" in self.name, False
         self.direct = "job" not in self.name and "effect" not in self.name
         self.cost = 10**9 if "eager" in self.name else 1
         self.copied = ()
