@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 TRANSLATOR_FOLDERS = ("plan", "ops", "calls", "rewrites", "host")
@@ -56,7 +57,7 @@ def translator_digest(package_dir: Path, folders: tuple[str, ...] = TRANSLATOR_F
     Taken from the files, so that an edited lowering in an editable install is another translator; and once for each process (1.6 ms),
     because a process goes on running the sources that it has imported, whatever happens to the files.
     """
-    return _digest_of_sources(package_dir, sorted(_sources(package_dir, folders)))
+    return _digest_of_sources(sorted(_sources(os.fspath(package_dir), folders), key=itemgetter(1)))
 
 
 def _encode(parts: tuple[tuple[str, str], ...]) -> bytes:
@@ -68,16 +69,21 @@ def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else f"sha256:{hashlib.sha256(value).hexdigest()}"
 
 
-def _sources(package_dir: Path, folders: tuple[str, ...]) -> Iterator[str]:
-    root = os.fspath(package_dir)
+def _sources(root: str, folders: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Path and name (below the package, with slashes) of every source file."""
     for folder in folders:
-        for place, _, names in os.walk(os.path.join(root, folder)):
-            yield from (os.path.relpath(os.path.join(place, name), root) for name in names if name.endswith(".py"))
+        try:
+            found = list(os.scandir(f"{root}/{folder}"))
+        except FileNotFoundError:
+            continue
+        yield from ((file.path, f"{folder}/{file.name}") for file in found if file.name.endswith(".py"))
+        yield from _sources(root, tuple(f"{folder}/{inner.name}" for inner in found if inner.is_dir(follow_symlinks=False)))
 
 
-def _digest_of_sources(package_dir: Path, names: list[str]) -> str:
+def _digest_of_sources(sources: list[tuple[str, str]]) -> str:
     total = hashlib.sha256()
-    for name in names:
-        source = (package_dir / name).read_bytes()
-        total.update(_encode(((name.replace(os.sep, "/"), hashlib.sha256(source).hexdigest()),)))
+    for path, name in sources:
+        with open(path, "rb", buffering=0) as file:  # unbuffered: half the time of Path.read_bytes for files of this size
+            source = file.read()
+        total.update(_encode(((name, hashlib.sha256(source).hexdigest()),)))
     return total.hexdigest()

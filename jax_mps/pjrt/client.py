@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from jax_mps.pjrt import options as compile_options
 from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
 from jax_mps.plan.segments import Device
-from jax_mps.plan.show import describe
 from jax_mps.plan.types import TensorType, numpy_dtype
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class Client:
         self._aliases: OrderedDict[str, tuple[Program, str, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
+        with suppress(RuntimeError):  # no thread to be had: the first compile computes it
+            threading.Thread(target=_translator, name="jax-mps-digest", daemon=True).start()  # 1-2 ms, while JAX traces
 
     # ---- compile -----------------------------------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ class Client:
             ("mlx", mx.__version__),
             ("device", device.kind),
             ("architecture", device.architecture),
-            ("translator", translator_digest(Path(jax_mps.__file__).parent)),
+            ("translator", _translator()),
             ("host", settings().host),
             ("tf32", runtime.tf32()),
             ("options", chosen.text()),
@@ -202,6 +204,8 @@ class Client:
 
     def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
         """Store a program; runs on the writer's thread."""
+        from jax_mps.plan.show import describe  # here: a warm process stores nothing
+
         parts: dict[str, bytes | Path] = {**files.paths, **files.artifacts}
         stored = {digest: value.tobytes() for digest, value in files.constants.items()}
         manifest = {"program": program.manifest, "summary": self.summary(program), "plan_text": describe(program)}
@@ -223,6 +227,10 @@ class Client:
 def has_callbacks(program: Program) -> bool:
     """Whether the program calls back into this process's Python: its executable means nothing elsewhere."""
     return bool(program.callbacks)
+
+
+def _translator() -> str:
+    return translator_digest(Path(jax_mps.__file__).parent)
 
 
 def _identity(raw: Key, markers: Sequence[str]) -> str:
