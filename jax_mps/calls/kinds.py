@@ -16,12 +16,15 @@ _FOREIGN = ("xla_ffi_python_", "xla_ffi_partitioned_python_", "xla_buffer_python
 # XLA compiles these, and then waits for a peer that never comes.
 _WAITING = frozenset(["stablehlo.infeed", "stablehlo.outfeed", "stablehlo.send", "stablehlo.recv"])
 
+# XLA's CPU compiler ends the process over a concatenation of these (jaxlib 0.10 to 0.12; `bit_offset != nullptr`).
+_NEVER_JOINED = frozenset(["int2", "uint2"])
+
 
 def host_kind(step: Step) -> str | None:
     """ "xla": XLA's CPU compiler takes the step; "callback" or "ffi": a Python function answers for it; None: nothing does."""
     if step.name == "stablehlo.custom_call":
         return _call_kind(step)
-    if step.name in _WAITING or not is_printable(step):
+    if not _plain(step):
         return None
     inner = (s for region in step.regions for s in region.walk())
     return "xla" if all(_plain(s) for s in inner) else None
@@ -30,6 +33,8 @@ def host_kind(step: Step) -> str | None:
 def _plain(step: Step) -> bool:
     if step.name == "stablehlo.custom_call":
         return _call_kind(step) == "xla"
+    if step.name == "stablehlo.concatenate" and step.result.dtype in _NEVER_JOINED:
+        return False
     return step.name not in _WAITING and is_printable(step)
 
 
