@@ -41,11 +41,11 @@ class Ran:
         return self.report["stats"]
 
 
-def start(source: str, cache: Path, prelude: str = PRELUDE, **environment: str) -> subprocess.Popen[str]:
+def start(source: str, cache: Path, prelude: str = PRELUDE, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     """Start a program; it sees only mps unless `JAX_PLATFORMS` is given."""
     env = {**os.environ, "JAX_PLATFORMS": "mps", "JAX_MPS_CACHE_DIR": str(cache), **environment}
     text = prelude + textwrap.dedent(source)
-    return subprocess.Popen([sys.executable, "-c", text], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", text], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120, check: bool = True) -> Ran:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from device.programs import PRELUDE, Ran, finish, run, start
 
 import jax_mps
+from jax_mps.cache import Store
 
 MLP = """
 def loss(p, x):
@@ -91,15 +95,56 @@ def test_moved_and_renamed_function_is_a_hit(tmp_path: Path) -> None:
     assert moved.stats["disk_hits"] > 0
 
 
-@pytest.mark.parametrize(
-    ("change", "environment"),
-    [(("0.1 *", "0.2 *"), {}), (("tanh", "sin"), {}), (("", ""), {"JAX_MPS_HOST": "error"})],
-    ids=["a constant", "an op", "an option"],
-)
-def test_what_changes_the_result_is_a_miss(tmp_path: Path, change: tuple[str, str], environment: dict[str, str]) -> None:
+def test_what_does_not_change_the_result_is_a_hit(tmp_path: Path) -> None:
+    """Working directory, hash seed, file: none of them is part of a program, and all but the file leave its raw bytes alone."""
+    cache = tmp_path / "cache"
+    run(MLP, cache)
+    filed = f"exec(compile({MLP!r}, '/elsewhere/program.py', 'exec'))"
+    processes = [
+        start(MLP, cache, cwd=tmp_path, NO_TRANSLATION="nor MLIR"),
+        start(MLP, cache, PYTHONHASHSEED="7", NO_TRANSLATION="nor MLIR"),
+        start(filed, cache, NO_TRANSLATION="1"),
+    ]
+    assert [finish(p).stats["translations"] for p in processes] == [0, 0, 0]
+
+
+# Programs beside MLP, and the part of the key that differs.
+_DEVICE = "import dataclasses, jax_mps.runtime as r; d = dataclasses.replace(r.device(), architecture='other'); r.device = lambda: d\n"
+_FORMAT = "import jax_mps.pjrt.client as c, jax_mps.plan.program as p; c.FORMAT = p.FORMAT = 1_000\n"
+OTHERS = {
+    "an op": (MLP.replace("tanh", "sin"), {}, "module"),
+    "a constant": (MLP.replace("0.1 * b", "0.2 * b"), {}, "module"),
+    "donation": (MLP.replace("@jax.jit", "@functools.partial(jax.jit, donate_argnums=0)").replace("\ndef loss", "import functools\ndef loss"), {}, "module"),
+    "precision": ("jax.config.update('jax_default_matmul_precision', 'highest')\n" + MLP, {}, "module"),
+    "an option": (MLP, {"JAX_MPS_HOST": "error"}, "host"),
+    "TF32": (MLP, {"MLX_ENABLE_TF32": "1"}, "tf32"),
+    "MLX's version": ("import mlx.core; mlx.core.__version__ = '99.0.0'\n" + MLP, {}, "mlx"),
+    "the device": (_DEVICE + MLP, {}, "architecture"),
+    "the format": (_FORMAT + MLP, {}, "format"),
+}
+
+
+def test_what_changes_the_result_is_a_miss(tmp_path: Path) -> None:
+    """Each of these is translated, and leaves an entry whose key differs from the first one's in that part alone."""
+    caches = {name: tmp_path / str(number) for number, name in enumerate(OTHERS)}
+    first = run(MLP, tmp_path / "first")
+    for name, (source, environment, _) in OTHERS.items():
+        shutil.copytree(tmp_path / "first", caches[name])
+        ran = run(source, caches[name], **environment)
+        assert ran.stats["translations"] == first.stats["translations"], name
+    for name, (_, _, part) in OTHERS.items():
+        steps = [e.header.key for e in Store(caches[name]).entries() if e.header.manifest["summary"]["name"] == "jit_step"]
+        assert len(steps) == 2, name
+        assert [n for n, _, _ in steps[0].differences(steps[1])] == [part], name
+
+
+def test_explain_says_why(tmp_path: Path) -> None:
+    """`jax-mps cache explain` names the part of the key that made a second entry."""
     run(MLP, tmp_path)
-    other = run(MLP.replace("0.1 * b", "0.2 * b") if change[0] == "0.1 *" else MLP.replace(*change), tmp_path, **environment)
-    assert other.stats["translations"] > 0
+    run(MLP, tmp_path, JAX_MPS_HOST="error")
+    command = [sys.executable, "-m", "jax_mps.cli", "cache", "explain", "--json", "--dir", str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(answer)["different"] == ["host"]
 
 
 def test_edited_lowering_is_a_miss(tmp_path: Path) -> None:
@@ -167,3 +212,34 @@ def test_the_log_names_what_is_on_the_host_once(tmp_path: Path) -> None:
         ran = run(source, tmp_path)
         assert ran.output.count("runs on the host") == 1
         assert "MLX has no float64" in ran.output
+
+
+def test_serialized_executable_round_trip(tmp_path: Path) -> None:
+    """`jax.experimental.serialize_executable`: another process loads the bytes, runs them without a translation, and gets the same numbers."""
+    program = """
+    from pathlib import Path
+    import pickle
+    from jax.experimental import serialize_executable
+    file, x = Path(FILE), np.linspace(-1, 1, 6, dtype="float32")
+    if file.exists():
+        compiled = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+    else:
+        compiled = jax.jit(lambda x: (jnp.tanh(x), x.sum())).lower(x).compile()
+        file.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+    report(values=[np.asarray(v).tolist() for v in compiled(x)])
+    """.replace("FILE", repr(str(tmp_path / "executable")))
+    cold = run(program, tmp_path / "cache")
+    warm = run(program, tmp_path / "cache", NO_TRANSLATION="nor MLIR")
+    assert warm.report["values"] == cold.report["values"]
+    elsewhere = run(program, tmp_path / "empty")
+    assert elsewhere.report["values"] == cold.report["values"]
+    assert elsewhere.stats["translations"] > 0
+
+
+def test_beside_jax_own_persistent_cache(tmp_path: Path) -> None:
+    """With `jax_compilation_cache_dir` as well, JAX keeps what it was sent, ours the translation: both hit, numbers are the same."""
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cold = run(MLP, tmp_path / "cache", **settings)
+    warm = run(MLP, tmp_path / "cache", NO_TRANSLATION="nor MLIR", **settings)
+    assert warm.report["loss"] == cold.report["loss"]
+    assert list((tmp_path / "jax").iterdir())
