@@ -26,6 +26,7 @@ def platforms() -> str:
 
 
 os.environ.setdefault("JAX_PLATFORMS", platforms())
+os.environ.setdefault("JAX_MPS_COMPILE", "1" if "cuda" in os.environ["JAX_PLATFORMS"] else "auto")  # from the second call, as by hand
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], metavar="TEXT", help="only rows whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="few, short samples")
     parser.add_argument("--size", choices=["small", "full"], help="default: full on a GPU, small on a CPU")
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="only these; without xla nothing is checked")
     parser.add_argument("--repeats", type=int, help="samples of each backend (default 9, 3 with --quick)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE")
@@ -160,7 +162,7 @@ def main() -> None:
     wanted = lambda name: not options.rows or any(text in name for text in options.rows)
     for row in rows(small):
         if wanted(row.name):
-            keep(measure(row, xla, repeats=repeats, seconds=seconds))
+            keep(measure(row, xla, repeats=repeats, seconds=seconds, backends=options.backends))
     if not options.no_start and wanted("first step of a process"):
         for result in start_rows(small, xla):
             keep(result)

@@ -75,13 +75,13 @@ class Result:
         return (high - low) / 2 / statistics.median(found)
 
 
-def measure(row: Row, xla: jax.Device, *, repeats: int, seconds: float) -> Result:
+def measure(row: Row, xla: jax.Device, *, repeats: int, seconds: float, backends: Sequence[str] = BACKENDS) -> Result:
     """Make, check and time a row: samples of about `seconds`, the backends in turn."""
     result = Result(row.name, row.unit)
     makers = {"mps": lambda: row.jax(jax.devices("mps")[0]), "mlx": row.mlx, "xla": lambda: row.jax(xla)}
     works: dict[str, Work] = {}
     numbers: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for backend in BACKENDS:
+    for backend in backends:
         mx.clear_cache()
         try:
             work = makers[backend]()

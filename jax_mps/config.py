@@ -20,8 +20,8 @@ _CHOICES = {
 class Settings:
     """What the user chose.
 
-    device: MLX's device, `auto` for its default. host: `error` refuses what MLX cannot run. compile: `mx.compile` from the second call,
-    `auto` for on a GPU only (on CPU it runs g++ for 1-2 s a kernel).
+    device: MLX's device, `auto` for its default. host: `error` refuses what MLX cannot run. compile: `1` for `mx.compile` from the second
+    call; `auto` for on a GPU only, large programs later (on CPU it runs g++ for 1-2 s a kernel).
     """
 
     device: str = "auto"

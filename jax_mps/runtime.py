@@ -142,21 +142,35 @@ def released() -> Iterator[None]:
         lib.shim_reacquire(depth)
 
 
+# On a GPU: evaluations that were started and that nobody waited for since; under the lock.
+_started = 0
+
+
 def evaluate(values: Sequence[mx.array]) -> None:
     """Block until the arrays are evaluated; the lock is held while evaluation is scheduled, not while it runs.
+
+    On a GPU where nothing is under way, they are done, or cheap (what is not was scheduled when it was dispatched): evaluated under the lock.
 
     Raises:
         RuntimeError: what MLX says of a primitive that failed. The arrays must not be read after that.
     """
+    global _started
     where = device()
     if where.kind == "cpu":
         start(values)
         wait()
         return
     with locked():
+        if _started == 0:
+            mx.eval(*values)
+            return
+        _started += 1
+        before = _started
         sentinel = mx.depends([mx.zeros((1,), mx.uint8) + 0], list(values))[0]
         mx.async_eval(*values, sentinel)
     mx.eval(sentinel)
+    with locked():
+        _started = max(0, _started - before)  # one stream: what was started before is done, too
 
 
 def wait() -> None:
@@ -168,8 +182,10 @@ def wait() -> None:
 
 def start(values: Sequence[mx.array]) -> None:
     """Start evaluating the arrays."""
+    global _started
     lib.shim_lock()
     try:
+        _started += 1
         mx.async_eval(*values)
     finally:
         lib.shim_unlock()
@@ -214,3 +230,11 @@ def memory_limit() -> int:
 def tf32() -> str:
     """Whether MLX may use TF32 for float32 products, as a key's part."""
     return os.environ.get("MLX_ENABLE_TF32", "1")
+
+
+def finish() -> None:
+    """Wait for all that was started: MLX on CUDA ends a process badly that leaves while its GPU still works."""
+    if device.cache_info().currsize and device().beside is not None:
+        with locked():
+            mx.synchronize(device().stream)
+            mx.synchronize(device().beside)

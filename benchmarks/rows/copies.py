@@ -48,7 +48,7 @@ def get_mlx(nbytes: int) -> Callable[[], Work]:
             return y
 
         def sample(units: int) -> float:
-            return sum(timed([lambda y=fresh(i): np.array(y, copy=False)]) for i in range(units))
+            return sum(timed([lambda y=fresh(i): np.array(y)]) for i in range(units))
 
         return Work(sample, lambda: [np.array(fresh(1))], sample)
 

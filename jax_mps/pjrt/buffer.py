@@ -76,5 +76,5 @@ def evaluate(values: Sequence[Any]) -> None:
 
 
 def schedule(values: Sequence[Any]) -> None:
-    """Start evaluating arrays; the caller holds the lock."""
-    mx.async_eval(*values)
+    """Start evaluating arrays."""
+    runtime.start(values)

@@ -167,6 +167,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
 def _finish() -> None:
     """At exit: what was dispatched may still print; then the shim's threads stop."""
     lib.shim_drain(_DRAIN_MILLISECONDS)
+    runtime.finish()
     lib.shim_finalize()
 
 

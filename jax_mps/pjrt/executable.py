@@ -13,7 +13,7 @@ from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
-from jax_mps.plan.segments import Callback, Device, Segment, wants_compile
+from jax_mps.plan.segments import Callback, Device, Segment, compiled, wants_compile
 from jax_mps.plan.show import announce_host
 from jax_mps.plan.types import DEVICE_DTYPES, TensorType
 
@@ -47,11 +47,11 @@ class Executable:
         """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
         assert self.function is not None
         function, leading = self.function.load()
-        compiled = wants_compile()
-        if run == 0 or not compiled:
-            return function, leading, compiled
+        wanted = wants_compile(run, self.function.ops)
+        if not wanted:
+            return function, leading, wanted is not None
         count("compiles")
-        return mx.compile(function), leading, False  # from the second call on: the first made the function's constants real (MLX.md, A6)
+        return compiled(function), leading, False
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:
         """Run the program on the executor's thread; `arguments` is emptied as values die."""

@@ -178,10 +178,33 @@ def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
 # ---- device ----------------------------------------------------------------------------------------------------------------------
 
 
-def wants_compile() -> bool:
-    """Whether functions are compiled from their second run on: the first makes their constants real (MLX.md, A6)."""
+# On a GPU each fused kernel costs about a second the first time (then MLX finds it on disk), and a program has one for every few ops: one
+# of so many ops more is compiled a run later.
+_OPS_A_RUN = 32
+
+
+def wants_compile(runs: int, ops: int) -> bool | None:
+    """Whether a function that ran so often is to be compiled now; None: never. Not before its first run has made its constants real."""
     chosen = settings().compile
-    return runtime.device_kind() != "cpu" if chosen == "auto" else chosen == "1"
+    if chosen == "0" or (chosen == "auto" and runtime.device_kind() == "cpu"):
+        return None
+    return runs >= (1 if chosen == "1" else 1 + ops // _OPS_A_RUN)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its elementwise ops fused; itself where MLX cannot (a result that is a constant, for one)."""
+    fused = mx.compile(function)
+
+    def call(*arrays: mx.array) -> Any:
+        nonlocal fused
+        try:
+            return fused(*arrays)
+        except ValueError as error:
+            log.debug("not compiled: %s", error)
+            fused = function
+            return function(*arrays)
+
+    return call
 
 
 @dataclass(slots=True)
@@ -212,17 +235,19 @@ class Device(Segment):
         return self._function, self._leading
 
     def run(self, values: list[Any]) -> Sequence[Any]:
-        if self._function is not None and not wants_compile() and all(isinstance(v, mx.array) for v in values):
+        settled = self._compiled or (self._function if wants_compile(self._runs, self.ops) is None else None)
+        if settled is not None and all(isinstance(v, mx.array) for v in values):
             lib.shim_lock()  # an imported function has its stream: setting ours would cost as much as the call
             try:
-                return self._function(*self._leading, *values)  # type: ignore[no-any-return]
+                return settled(*self._leading, *values)  # type: ignore[no-any-return]
             finally:
                 lib.shim_unlock()
         with runtime.locked():
             function, leading = self.load()
+            if self._compiled is None and wants_compile(self._runs, self.ops):
+                self._compiled = compiled(function)
             self._runs += 1
-            if self._runs > 1 and wants_compile():
-                function = self._compiled = self._compiled or mx.compile(function)
+            function = self._compiled or function
             return function(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])  # type: ignore[no-any-return]
 
     def to_manifest(self) -> Manifest:
