@@ -24,6 +24,8 @@ def reduce(op: Step, body: LoweredRegion) -> Run:
     axes = tuple(sorted(op.dimensions))
     if op.operand.size == 0:
         return lambda *arrays: [mx.broadcast_to(init, op.result.shape) for init in arrays[count:]]
+    if 0 in op.result.shape:  # MLX's argmax takes no empty array
+        return lambda *arrays: [mx.zeros(v.shape, MX[v.dtype]) for v in op.results]
     names = folds(body.region)
     if names is not None and all(_is_direct(n, v.dtype) for n, v in zip(names, op.operands[:count], strict=True)):
         neutral = [is_identity(n, v) for n, v in zip(names, op.operands[count:], strict=True)]
