@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jax_mps import cli_graph
 from jax_mps.cache import FORMAT, Key, Listing, Refused, Store, archive, eviction, paths, translator_digest
 from jax_mps.cli import OK, REFUSED, USAGE, WRONG, Answer, Table, add_command
 
@@ -41,6 +42,9 @@ def add_commands(commands: Any) -> None:
     listing.add_argument("--limit", type=int, metavar="N", help="only the first N")
     shown = _add(cache, "show", show, "print a stored program as text")
     shown.add_argument("key", help="the first digits of an entry's key, or its name")
+    pictures = shown.add_mutually_exclusive_group()
+    pictures.add_argument("--dot", action="store_true", help="as a graph, for Graphviz")
+    pictures.add_argument("--svg", action="store_true", help="as a picture, drawn by Graphviz")
     explained = _add(cache, "explain", explain, "print the named parts of an entry's key, and what differs from another entry")
     explained.add_argument("key", nargs="?", help="the first digits of a key, or a name (default: the newest entry)")
     explained.add_argument("other", nargs="?", help="what to compare it with (default: the entry most like it)")
@@ -85,7 +89,7 @@ def folder(options: argparse.Namespace) -> Answer:
 def info(options: argparse.Namespace) -> Answer:
     """`cache info`."""
     store = _store(options)
-    usage = store.usage()
+    usage, host = store.usage(), _host_store(store).usage()
     counts = store.saved_counts()
     asked = sum(counts.values())
     made_for = Counter((_summary(entry)["device"], _part(entry.header.key, "mlx")) for entry in store.entries())
@@ -98,6 +102,7 @@ def info(options: argparse.Namespace) -> Answer:
         "constants": usage["constants"].files,
         "bytes": sum(use.blocks for use in usage.values()) * eviction.BLOCK,
         "max_bytes": store.max_bytes,
+        "host_code": {"files": host["entries"].files, "bytes": host["entries"].blocks * eviction.BLOCK},
         **counts,
         "hit_rate": counts["hits"] / asked if asked else None,
         "by_device": [{"device": d, "mlx": m, "entries": n} for (d, m), n in sorted(made_for.items())],
@@ -128,6 +133,8 @@ def show(options: argparse.Namespace) -> Answer:
             ["This entry cannot be used: it is damaged, or has lost a constant. `jax-mps cache verify` says which."],
             code=WRONG,
         )
+    if options.dot or options.svg:
+        return _picture(entry.manifest, svg=options.svg)
     text = entry.manifest.get("plan_text")
     files = {name: len(entry.read(name)) for name in entry.names}
     data = {**_row(found), "files": files, "constants": dict(entry.constants), "manifest": entry.manifest}
@@ -135,6 +142,17 @@ def show(options: argparse.Namespace) -> Answer:
     lines += ["", *(f"{name}: {amount} bytes" for name, amount in files.items())]
     lines += [f"constant {digest[:12]}: {amount} bytes" for digest, amount in entry.constants.items()]
     return Answer(data, lines)
+
+
+def _picture(manifest: dict[str, Any], *, svg: bool) -> Answer:
+    try:
+        text = cli_graph.dot(manifest["program"])
+        drawn = cli_graph.svg(text) if svg else text
+    except KeyError as missing:
+        return Answer({"error": f"no {missing}"}, [f"This entry's manifest has no {missing}."], code=WRONG)
+    except cli_graph.NoGraphviz as reason:
+        return Answer({"error": str(reason)}, [f"{reason}."], code=WRONG)
+    return Answer({"svg" if svg else "dot": drawn}, [drawn.rstrip()])
 
 
 def explain(options: argparse.Namespace) -> Answer:
@@ -183,13 +201,15 @@ def prune(options: argparse.Namespace) -> Answer:
 
 
 def clear(options: argparse.Namespace) -> Answer:
-    """`cache clear`: asks on a terminal, and needs --yes elsewhere."""
+    """`cache clear`: compiled host code goes, too. Asks on a terminal, and needs --yes elsewhere."""
     store = _store(options)
     try:
         store.require_ours()
         if not options.yes and not _agreed(f"Remove every translated program in {store.root}?"):
             return Answer({"cleared": False}, ["Nothing was removed; --yes removes without asking."], code=WRONG)
         freed = store.clear()
+        if (host := _host_store(store)).root.exists():
+            freed += host.clear()
     except Refused as reason:
         return _refused(str(reason))
     except OSError as error:
@@ -257,6 +277,11 @@ def _store(options: argparse.Namespace) -> Store:
     return Store(_root(options))
 
 
+def _host_store(store: Store) -> Store:
+    """XLA's compiled code for host segments (`host.kept`), in a store of its own below the cache; it may not be there."""
+    return Store(store.root / "host")
+
+
 def _refused(reason: str) -> Answer:
     return Answer({"error": reason}, [f"{reason}."], code=REFUSED)
 
@@ -293,6 +318,8 @@ def _info_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     state = data["unusable"] or ("turned off by JAX_MPS_CACHE" if data["turned_off"] else "usable")
     rows = [("folder", data["folder"]), ("state", state), ("programs", str(data["entries"])), ("shared constants", str(data["constants"]))]
     rows += [("size", f"{human(data['bytes'])} of at most {human(data['max_bytes'])}"), ("hits", rate)]
+    if data["host_code"]["files"]:
+        rows.append(("compiled host code", f"{data['host_code']['files']} programs, {human(data['host_code']['bytes'])} (this machine only)"))
     return [*rows, *((f"on {row['device']}, MLX {row['mlx']}", str(row["entries"])) for row in data["by_device"])]
 
 

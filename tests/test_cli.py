@@ -104,6 +104,43 @@ def test_show(store: Store, said: Any) -> None:
     assert (code, len(data["candidates"])) == (1, 7)
 
 
+_TYPE = ["float32", [2, 3]]
+_LEAF = {"inputs": 1, "slots": 2, "outputs": [1]}
+_DEVICE = {"kind": "device", "ops": 7}
+_BODY = _LEAF | {"nodes": [{"segment": {"kind": "host", "reasons": ['a "reason"']}, "reads": [0], "writes": [1]}]}
+_LOOP = {"kind": "loop", "cond": _LEAF | {"nodes": [{"segment": _DEVICE, "reads": [0], "writes": [1]}]}, "body": _BODY, "counter": None, "carry": 1}
+GRAPH = {
+    "name": "jit_loop",
+    "parameters": [_TYPE],
+    "block": {"inputs": 1, "slots": 2, "outputs": [1], "nodes": [{"segment": _LOOP, "reads": [0], "writes": [1]}]},
+}
+
+
+def test_show_as_a_graph(store: Store, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dot text by ourselves; an SVG if Graphviz is there, else a sentence."""
+    store.put(key(("module", "x")), {"program": GRAPH, "summary": {"name": "jit_loop"}}, {}, {})
+    code, text = said("cache", "show", "jit_loop", "--dot")
+    assert code == 0
+    for part in ('label="jit_loop"', "7 ops", r'host (XLA CPU)\na \"reason\"', 'label="float32[2,3]"', "subgraph cluster_n2_body"):
+        assert part in text
+    assert text.count("{") == text.count("}")
+    assert said("cache", "show", "jit_loop", "--dot", "--json")[1]["dot"] == text
+    monkeypatch.setenv("PATH", "")
+    assert said("cache", "show", "jit_loop", "--svg") == (1, "Graphviz's `dot` is not installed; --dot prints the text that it draws.\n")
+    assert said("cache", "show", "jit_f1", "--dot")[0] == 1, "its manifest holds no program"
+
+
+def test_info_and_clear_know_compiled_host_code(store: Store, folder: Path, said: Any) -> None:
+    """XLA's code for host segments lies below the cache, in a store of its own."""
+    kept = Store(folder / "host")
+    kept.put(key(("artifact", "x")), {}, {"executable": b"code"}, {})
+    assert said("cache", "info", "--json")[1]["host_code"] == {"files": 1, "bytes": 4096}
+    assert "1 programs" in said("cache", "info")[1]
+    assert said("cache", "clear", "--yes")[0] == 0
+    assert Store(folder / "host").get(key(("artifact", "x"))) is None
+    assert said("cache", "info", "--json")[1]["host_code"]["files"] == 0
+
+
 def test_explain_names_the_part_that_differs(store: Store, said: Any) -> None:
     """The entry most like it is the one that could have been used."""
     parts = dict(programs.program_key(3).parts)
