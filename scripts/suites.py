@@ -43,7 +43,7 @@ REFUSED = re.compile(r"UNIMPLEMENTED: ([\w.:]+)(?: at \S+)?: (.*?); JAX_MPS_HOST
 def commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     """The commands of each suite, in order; results are named after the variant."""
     hlo, jax, out = args.tools / "hlosuite" / "run.py", args.tools / "jaxsuite" / "run.py", args.out
-    sample = ["--fraction", str(args.fraction), "--seed", args.seed, "-j", str(args.jobs)]
+    sample = ["--fraction", str(args.fraction), "--seed", args.seed, "-j", str(args.jobs), "--dut", "cpu"]  # JAX's tests skip as on cpu
 
     def of_jax(name: str, platforms: str, *more: str) -> list[str]:
         return [str(jax), "run", "--checkout", str(args.jax), "--out", str(out / name), "--platforms", platforms, *sample, *more]
@@ -134,13 +134,26 @@ VARIANTS = {"jax": "as users run it", "jax-device": "`JAX_MPS_HOST=error`", "jax
 def jax_lines(args: argparse.Namespace) -> Iterator[str]:
     tool, catalog = args.tools / "jaxsuite" / "run.py", args.out / "catalog.json"
     for name, words in VARIANTS.items():
-        if not (args.out / name).exists():
+        if not is_complete(args.out / name):
             continue
         command = [str(tool), "report", str(args.out / name), "--exclusions", str(tool.with_name("exclusions-strict.json"))]
         command += ["--catalog", str(catalog)] if catalog.exists() else []
         text = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
-        kept = text.split("per file (")[0].split("run ", 1)[-1].rstrip()
-        yield from (f"{words}:", "", "```", kept, "```", "")
+        kept = text.split("per file (")[0].split("\n", 1)[1].rstrip()  # without the line that names the folder
+        meta = json.loads((args.out / name / "meta.json").read_text())
+        yield from (
+            f"{words}, a sample of {meta['fraction']} with seed `{meta['seed']}`, started {meta['started']}:",
+            "",
+            "```",
+            kept,
+            "```",
+            "",
+        )
+
+
+def is_complete(folder: Path) -> bool:
+    meta = folder / "meta.json"
+    return meta.exists() and len(list((folder / "files").glob("*.json"))) >= json.loads(meta.read_text())["nfiles"]
 
 
 def jax_refusals(args: argparse.Namespace) -> Counter[tuple[str, str]]:
