@@ -100,10 +100,10 @@ static PJRT_Error* schedule(PJRT_Executable* executable, PyObject* results) {
   return NULL;
 }
 
-/* The results of a direct executable; *late is a failure that its values, not the call, must show. */
+/* The results of a direct executable; *late is a failure that its values, not the call, must show. Without it the caller schedules. */
 static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results,
                               PJRT_Error** late) {
-  *late = NULL;
+  if (late) *late = NULL;
   *results = NULL;
   lock_with_gil();
   PJRT_Error* error = NULL;
@@ -115,7 +115,7 @@ static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, 
   }
   if (!error) {
     executable->runs++;
-    *late = schedule(executable, *results);
+    if (late) *late = schedule(executable, *results);
   } else {
     Py_CLEAR(*results);
   }
@@ -151,6 +151,19 @@ static Waiter* fill(PJRT_Executable* executable, Cell* const* inputs, size_t cou
     evaluator_arm(cell); /* it also tells of failures */
   }
   return waiters;
+}
+
+/* Evaluation starts when donated inputs are let go: MLX writes into memory that only the graph holds. */
+static void schedule_late(PJRT_Executable* executable, PyObject* results, Cell* const* outputs) {
+  lock_with_gil();
+  PJRT_Error* late = schedule(executable, results);
+  unlock_with_gil();
+  if (!late) return;
+  state_lock();
+  for (size_t i = 0; i < executable->outputs.count; i++)
+    if (outputs[i]->record) record_fail(outputs[i]->record, late);
+  state_unlock();
+  error_release(late);
 }
 
 /* ---- the arguments ---- */
@@ -439,17 +452,18 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     }
   } else {
     PyObject* results;
-    PJRT_Error* late;
+    PJRT_Error* late = NULL;
     PyGILState_STATE gil = PyGILState_Ensure();
-    error = run_direct(executable, inputs, count, &results, &late);
+    error = run_direct(executable, inputs, count, &results, donated ? NULL : &late);
     if (!error) {
       state_lock();
       Waiter* none = fill(executable, inputs, count, results, late, outputs);
       state_unlock();
       (void)none; /* nobody knows these cells yet */
-      Py_DECREF(results);
     }
     leave_arguments(buffers, inputs, count, error ? NULL : donated);
+    if (!error && donated) schedule_late(executable, results, outputs);
+    Py_XDECREF(results);
     PyGILState_Release(gil);
     error_release(late);
   }

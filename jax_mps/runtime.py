@@ -96,7 +96,7 @@ def device_kind() -> str:
     return device().kind
 
 
-class our_streams:  # noqa: N801  # a context manager; a generator would cost 2 us more, in every small copy
+class our_streams:  # a context manager; a generator would cost 2 us more, in every small copy
     """Our streams as MLX's defaults on this thread."""
 
     __slots__ = ("_scopes",)
@@ -112,7 +112,7 @@ class our_streams:  # noqa: N801  # a context manager; a generator would cost 2 
             scope.__exit__(*failure)
 
 
-class locked(our_streams):  # noqa: N801
+class locked(our_streams):
     """Hold the process-wide lock, with our streams as MLX's defaults."""
 
     __slots__ = ()

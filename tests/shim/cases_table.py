@@ -128,6 +128,40 @@ def case_is_ready_never_blocks():
     table.destroy(x, y)
 
 
+def case_who_waits_evaluates():
+    """Where the client gives the means, who asks for a ready event without the GIL evaluates the execution's values; with it, nothing blocks."""
+    seen = []
+
+    def now(values):
+        seen.append(len(values))
+        toy.engine.evaluate(values)
+
+    means = {"evaluate_now": now, "synchronize": lambda: None}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
+    other = table.client()
+    both = load(lambda x: [Thunk(np.negative, (x,)), Thunk(np.abs, (x,))], 1, 2)
+    x = table.put(other, np.float32([1, -2, 3, -4]))
+    try:
+        (y, z), _ = table.execute(both, [x])
+        for buffer in (y, z):
+            event = table.Buffer_ReadyEvent(buffer=buffer).event
+            assert table.is_ready(event)
+            table.Event_Destroy(event=event)
+        assert seen == [2]
+        (late,), _ = table.execute(double, [y])
+        toy.lib.shim_lock()
+        event = table.with_gil("Buffer_ReadyEvent", buffer=late).event
+        assert not table.is_ready(event)
+        toy.lib.shim_unlock()
+        table.Event_Await(event=event)
+        assert seen == [2, 1]
+        table.Event_Destroy(event=event)
+        table.destroy(x, y, z, late)
+    finally:
+        install()
+        table.client()
+
+
 def case_on_ready():
     """Callbacks run once, early or late, with the event's error."""
     seen = []
