@@ -99,7 +99,7 @@ def hlo_cases(args: argparse.Namespace, name: str) -> dict[str, Any] | None:
 def refusals(cases: dict[str, Any]) -> Counter[tuple[str, str]]:
     """Of programs that failed with the host forbidden: (op, reason)."""
     found = (REFUSED.search(c.get("msg", "")) for c in cases.values() if c["o"] != "passed")
-    return Counter((m[1], m[2]) for m in found if m)
+    return Counter(("any op" if m[2].startswith("MLX has no ") else m[1], m[2]) for m in found if m)
 
 
 def hlo_lines(args: argparse.Namespace) -> Iterator[str]:
