@@ -103,7 +103,10 @@ def measure(row: Row, xla: jax.Device, *, repeats: int, seconds: float, backends
     units = {b: max(1, min(100_000, round(seconds / max(w.seconds(1), 1e-6)))) for b, w in works.items()}
     for _ in range(repeats):
         for backend, work in works.items():
-            result.samples.setdefault(backend, []).append(work.seconds(units[backend]))
+            try:
+                result.samples.setdefault(backend, []).append(work.seconds(units[backend]))
+            except Exception as error:
+                result.errors[backend] = f"{type(error).__name__}: {str(error)[:160]}"
     if row.peak:
         for backend in ("mps", "mlx"):
             if backend in works:
@@ -130,6 +133,13 @@ def distance(got: Sequence[np.ndarray[Any, Any]], want: Sequence[np.ndarray[Any,
 # ---- the usual kinds of work -------------------------------------------------------------------------------------------------------
 
 
+KEPT = 4 << 30  # bytes of results that may wait
+
+
+def nbytes(tree: Any) -> int:
+    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
+
+
 def jax_calls(f: Callable[..., Any], *arguments: Any) -> Callable[[jax.Device], Work]:
     """Independent calls of a jitted function; all results are kept and awaited."""
 
@@ -138,7 +148,13 @@ def jax_calls(f: Callable[..., Any], *arguments: Any) -> Callable[[jax.Device], 
         compiled = jax.jit(f)
 
         def run(units: int) -> object:
-            return jax.block_until_ready([compiled(*placed) for _ in range(units)])
+            kept = []
+            for _ in range(units):
+                kept.append(compiled(*placed))
+                if len(kept) * nbytes(kept[0]) > KEPT:
+                    jax.block_until_ready(kept)
+                    kept.clear()
+            return jax.block_until_ready(kept)
 
         return Work(run, lambda: jax.tree.leaves(compiled(*placed)))
 
@@ -157,6 +173,9 @@ def mlx_calls(f: Callable[..., Any], *arguments: Any, compiled: bool = True) -> 
             for _ in range(units):
                 kept.append(function(*placed))
                 mx.async_eval(kept[-1])
+                if len(kept) * nbytes(kept[0]) > KEPT:
+                    mx.eval(kept)
+                    kept.clear()
             mx.eval(kept)
             return kept
 

@@ -1,5 +1,6 @@
 /* The executor runs jobs in program order; the evaluator evaluates what somebody waits for. Both start when first needed. */
 #include <signal.h>
+#include <unistd.h>
 #include <time.h>
 
 #include "shim.h"
@@ -35,6 +36,12 @@ static void job_over(void) {
 }
 
 /* ---- the executor ---- */
+/* A thread of ours never ends: its thread-local destructors (MLX's compiled functions hold Python objects) would want the GIL of an
+ * interpreter that is going away, which kills the process. */
+static _Noreturn void park(void) {
+  for (;;) pause();
+}
+
 static void* executor_main(void* unused) {
   (void)unused;
   on_executor = on_own_thread = true;
@@ -57,7 +64,7 @@ static void* executor_main(void* unused) {
   executor_alive = false;
   state_changed();
   state_unlock();
-  return NULL;
+  park();
 }
 
 bool executor_help(void) {
@@ -139,7 +146,7 @@ static void* evaluator_main(void* unused) {
   evaluator_alive = false;
   state_changed();
   state_unlock();
-  return NULL;
+  park();
 }
 
 /* ---- starting and stopping ---- */

@@ -67,8 +67,10 @@ def random_mlx(n: int):
         key = mx.random.key(1)
 
         def run(units: int) -> None:
-            kept = [mx.random.normal((n,), key=key) for _ in range(units)]
-            mx.eval(kept)
+            for _ in range(units):
+                x = mx.random.normal((n,), key=key)
+                mx.async_eval(x)
+            mx.eval(x)
 
         return Work(run, lambda: mlx_leaves(mx.random.normal((n,), key=key)))
 
