@@ -45,8 +45,15 @@ def commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     hlo, jax, out = args.tools / "hlosuite" / "run.py", args.tools / "jaxsuite" / "run.py", args.out
     sample = ["--fraction", str(args.fraction), "--seed", args.seed, "-j", str(args.jobs), "--dut", "cpu"]  # JAX's tests skip as on cpu
 
-    def of_jax(name: str, platforms: str, *more: str) -> list[str]:
-        return [str(jax), "run", "--checkout", str(args.jax), "--out", str(out / name), "--platforms", platforms, *sample, *more]
+    # the tool passes --dut on as an environment variable, which only scripts/jax_dut.py reads
+    dut = [
+        "PYTEST_ADDOPTS=-p jax_dut",
+        os.pathsep.join(["PYTHONPATH=" + str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    ]
+
+    def of_jax(name: str, platforms: str, *more: str, env: tuple[str, ...] = ()) -> list[str]:
+        where = ["--checkout", str(args.jax), "--out", str(out / name), "--platforms", platforms]
+        return [str(jax), "run", *where, *sample, *more, "--env", *dut, *env]
 
     def of_hlo(name: str) -> list[str]:
         baseline = str(hlo.with_name("baseline-cpu.json"))
@@ -70,7 +77,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
             of_jax("jax-cpu", "cpu", "--features", "--exclusions", strict),
             [str(jax), "catalog", str(out / "jax-cpu"), str(out / "catalog.json")],
             of_jax("jax", "mps"),
-            of_jax("jax-device", "mps", "--env", "JAX_MPS_HOST=error"),
+            of_jax("jax-device", "mps", env=("JAX_MPS_HOST=error",)),
             of_jax("jax-x64", "mps", "--x64"),
         ],
     }
