@@ -234,6 +234,8 @@ static atomic_llong unfinished; /* the cost of what ran since all of it was wait
 
 void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&unfinished, cost, memory_order_relaxed); }
 
+bool evaluation_is_short(void) { return laziness.evaluate_now && atomic_load(&unfinished) < 8 * laziness.eager_cost; }
+
 /* Blocks until the values are evaluated. Where the client gave the means, no Python code runs, so that Ctrl-C cannot end an evaluation
  * half way; what cannot take long is waited for under the lock, which saves a trip to MLX's thread. */
 static PyObject* evaluate(PyObject* values) {
@@ -241,7 +243,7 @@ static PyObject* evaluate(PyObject* values) {
   PyObject* done;
   lock_with_gil();
   int64_t before = atomic_load(&unfinished);
-  if (before < 8 * laziness.eager_cost) {
+  if (evaluation_is_short()) {
     done = PyObject_CallFunctionObjArgs(laziness.evaluate_now, values, NULL);
     unlock_with_gil();
     return done;

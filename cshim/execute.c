@@ -94,7 +94,11 @@ static PJRT_Error* schedule(PJRT_Executable* executable, PyObject* results) {
     Py_DECREF(values);
     return NULL;
   }
-  PyObject* done = hook_call(HOOK_schedule, Py_BuildValue("(N)", values));
+  /* Two threads that pass each other tiny ops cost more than one that does them all. */
+  PyObject* done = executable->cost < laziness.eager_cost && evaluation_is_short()
+                       ? PyObject_CallFunctionObjArgs(laziness.evaluate_now, values, NULL)
+                       : hook_call(HOOK_schedule, PyTuple_Pack(1, values));
+  Py_DECREF(values);
   if (!done) return error_from_python("schedule");
   Py_DECREF(done);
   return NULL;

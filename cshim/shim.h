@@ -119,6 +119,7 @@ Cell* cell_new(State state, PyObject* value, size_t nbytes); /* takes the value 
 void cell_free(Cell* cell);
 PJRT_Error* cell_evaluate(Cell* cell); /* GIL held; with its siblings, where that is cheaper */
 void evaluation_started(int64_t cost);
+bool evaluation_is_short(void); /* and there are the means to do it at once */
 void cell_release(Cell* cell);
 PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
 PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** view); /* GIL held */

@@ -107,7 +107,7 @@ class our_streams:  # a context manager; a generator would cost 2 us more, in ev
         for scope in self._scopes:
             scope.__enter__()
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
         for scope in reversed(self._scopes):
             scope.__exit__(*failure)
 
@@ -125,7 +125,7 @@ class locked(our_streams):
             lib.shim_unlock()
             raise
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
         try:
             super().__exit__(*failure)
         finally:

@@ -26,7 +26,7 @@ _making = threading.Lock()
 
 # An execution of more elements than this is evaluated at once; cheaper ones stay lazy until so many are waiting, or so many bytes.
 EAGER_COST = 1 << 17
-LAZY_LIMIT = 256  # each start of an evaluation costs two changes of thread; 256 tiny programs are 1 ms of work (docs/performance.md)
+LAZY_LIMIT = {"cpu": 128}  # of 4 us each, which the caller then evaluates; 32 elsewhere
 LAZY_BYTES = 256 << 20
 _DRAIN_MILLISECONDS = 5000
 
@@ -65,7 +65,7 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
         "is_on_cpu": device.kind != "cuda",
         "attributes": {"mlx_device": device.kind, "architecture": device.architecture},
         "eager_cost": EAGER_COST,
-        "lazy_limit": LAZY_LIMIT,
+        "lazy_limit": LAZY_LIMIT.get(device.kind, 32),
         "lazy_bytes": LAZY_BYTES,
     }
 
