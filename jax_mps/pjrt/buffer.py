@@ -49,18 +49,20 @@ def announce(address: int, value: Any) -> None:
 def host_view(value: Any) -> tuple[Any, Any]:
     """The value with its data row-major and evaluated, and an object that exports it through the buffer protocol."""
     if not isinstance(value, mx.array):
-        dense = np.ascontiguousarray(value).reshape(value.shape)
-        return dense, dense.view(np.uint8) if dense.dtype.kind not in "biufc" and dense.ndim and dense.size else _exportable(dense)
+        array = np.ascontiguousarray(value).reshape(value.shape)
+        return array, array.view(np.uint8) if array.dtype.kind not in "biufc" and array.ndim and array.size else _exportable(array)
+    exporter: Any  # an mx.array has the buffer protocol; its stub does not say so
     with runtime.locked():
         dense = mx.contiguous(value)
     runtime.evaluate([dense])
     if runtime.device_kind() == "cuda":
         with runtime.locked():
-            copy = mx.array(dense)  # reading moves an array to managed memory for good: read a copy
-            mx.eval(copy)
-            return value, memoryview(copy)
+            exporter = mx.array(dense)  # reading moves an array to managed memory for good: read a copy
+            mx.eval(exporter)
+            return value, memoryview(exporter)
+    exporter = dense
     with runtime.locked():
-        return dense, memoryview(dense)
+        return dense, memoryview(exporter)
 
 
 def _exportable(array: np.ndarray[Any, Any]) -> Any:

@@ -72,7 +72,7 @@ class Client:
         device = runtime.device()
         return (
             ("format", str(FORMAT)),
-            ("mlx", mx.__version__),
+            ("mlx", runtime.MLX_VERSION),
             ("device", device.kind),
             ("architecture", device.architecture),
             ("translator", _translator()),

@@ -58,7 +58,7 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
     return {
         **waits,
         "platform_name": "mps",
-        "platform_version": f"jax-mps on MLX {mx.__version__} ({device.kind})",
+        "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({device.kind})",
         "device_kind": f"MLX {device.kind} {device.architecture}",
         "device_string": f"mps:0 (MLX {names[device.kind]})",
         "memory_kind": "device",

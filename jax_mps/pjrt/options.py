@@ -41,7 +41,7 @@ def read(options: bytes) -> CompileOptions:
         for number, value in _fields(options):
             if number == 3 and isinstance(value, bytes):
                 build = dict(_fields(value))
-                replicas, partitions = (int(build.get(n, 1) or 1) for n in (4, 5))  # type: ignore[arg-type]
+                replicas, partitions = (int(build.get(n, 1) or 1) for n in (4, 5))
             elif number == 7 and isinstance(value, bytes):
                 entry = dict(_fields(value))
                 overrides.append((_text(entry.get(1, b"")), repr(_override(entry.get(2, b"")))))
