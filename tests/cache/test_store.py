@@ -10,6 +10,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cached_programs as programs
@@ -240,21 +241,26 @@ def test_failing_reads_are_misses(store: Store, monkeypatch: pytest.MonkeyPatch)
     assert programs.get(store, 0) is not None
 
 
-@pytest.fixture
+@contextmanager
 def small_file_limit() -> Iterator[None]:
-    """No file may grow past 3000 bytes, as on a full disk: write() comes back short, then fails."""
+    """No file may grow past 3000 bytes, as on a full disk: write() comes back short, then fails. (Not a fixture: pytest's own log is a file.)"""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_write_that_stops_in_the_middle(store: Store, folder: Path, small_file_limit: None) -> None:
+def test_a_write_that_stops_in_the_middle(store: Store, folder: Path) -> None:
     """Nothing half-written is ever visible, and nothing is left lying about."""
-    assert store.put(key(("size", "small")), {}, {"f": b"x" * 100}, {})
-    assert not store.put(key(("size", "big")), {}, {"f": b"x" * 5000}, {})
+    with small_file_limit():
+        small = store.put(key(("size", "small")), {}, {"f": b"x" * 100}, {})
+        big = store.put(key(("size", "big")), {}, {"f": b"x" * 5000}, {})
+    assert small
+    assert not big
     assert store.get(key(("size", "big"))) is None
     assert store.get(key(("size", "small"))) is not None
     assert list((folder / "1" / "tmp").iterdir()) == []

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_shim():
     """jax_mps._shim, without running jax_mps/__init__.py."""
-    (path,) = (ROOT / "jax_mps").glob("_shim*.so")
+    package = importlib.util.find_spec("jax_mps")
+    (path,) = (path for folder in package.submodule_search_locations for path in Path(folder).glob("_shim*.so"))
     spec = importlib.util.spec_from_file_location("jax_mps._shim", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
