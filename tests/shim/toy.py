@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 
-
 def load_shim():
     """jax_mps._shim, without running jax_mps/__init__.py."""
     package = importlib.util.find_spec("jax_mps")
