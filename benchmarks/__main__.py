@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,12 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-
-def platforms() -> str:
-    """All that JAX has here: mps first."""
-    cuda = any(d.metadata["Name"].startswith("jax-cuda") for d in importlib.metadata.distributions() if d.metadata["Name"])
-    return "mps,cuda,cpu" if cuda and Path("/dev/nvidia0").exists() else "mps,cpu"
-
+from benchmarks.platforms import platforms
 
 os.environ.setdefault("JAX_PLATFORMS", platforms())
 os.environ.setdefault("JAX_MPS_COMPILE", "1" if "cuda" in os.environ["JAX_PLATFORMS"] else "auto")  # from the second call, as by hand
@@ -85,7 +79,12 @@ def start_rows(small: bool, xla: jax.Device) -> list[Result]:
     """Time to the end of the first training step of a new process: with an empty cache, then with a full one."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "JAX_MPS_CACHE_DIR": folder, "MLX_PTX_CACHE_DIR": f"{folder}/kernels", "BENCH_XLA": xla.platform.replace("gpu", "cuda")}
+        environment = {
+            **os.environ,
+            "JAX_MPS_CACHE_DIR": folder,
+            "MLX_PTX_CACHE_DIR": f"{folder}/kernels",
+            "BENCH_XLA": xla.platform.replace("gpu", "cuda"),
+        }
         environment |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/xla", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         os.chmod(folder, 0o700)
         for name in ("first step of a process, cold", "first step of a process, warm"):
@@ -97,7 +96,9 @@ def start_rows(small: bool, xla: jax.Device) -> list[Result]:
                 if found:
                     result.samples[backend] = found
                 else:
-                    result.errors[backend] = done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit {done.returncode}"
+                    result.errors[backend] = (
+                        done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit {done.returncode}"
+                    )
             results.append(result)
     return results
 
@@ -130,7 +131,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], metavar="TEXT", help="only rows whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="few, short samples")
     parser.add_argument("--size", choices=["small", "full"], help="default: full on a GPU, small on a CPU")
-    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="only these; without xla nothing is checked")
+    parser.add_argument(
+        "--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="only these; without xla nothing is checked"
+    )
     parser.add_argument("--repeats", type=int, help="samples of each backend (default 9, 3 with --quick)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE")
@@ -146,7 +149,10 @@ def main() -> None:
         mx.disable_compile()  # there it runs g++ for seconds a kernel, minutes for a training step; jax on mps leaves it off, too
     small = options.size == "small" or (options.size is None and mx.default_device().type == mx.cpu)
     about = versions(xla)
-    say = lambda text: print(text, flush=True)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
     say("\n".join(f"{name}: {value}" for name, value in about.items()))
     say("\n| row | jax on mps | MLX by hand | jax on XLA | mps / MLX | mps / XLA |\n|---|---|---|---|---|---|")
     repeats, seconds = options.repeats or (3 if options.quick else 9), 0.05 if options.quick else 0.2
@@ -159,16 +165,18 @@ def main() -> None:
             rows_now = [dataclasses.asdict(r) for r in results]
             Path(options.json).write_text(json.dumps({"about": about, "rows": rows_now}, indent=1))
 
-    wanted = lambda name: not options.rows or any(text in name for text in options.rows)
+    def wanted(name: str) -> bool:
+        return not options.rows or any(text in name for text in options.rows)
+
     for row in rows(small):
         if wanted(row.name):
             keep(measure(row, xla, repeats=repeats, seconds=seconds, backends=options.backends))
     if not options.no_start and wanted("first step of a process"):
         for result in start_rows(small, xla):
             keep(result)
-    say("\nSeconds until the first unit was done, compilation included: " + "; ".join(
-        f"{r.name}: " + ", ".join(f"{b} {s:.2f}" for b, s in r.first.items()) for r in results if max(r.first.values(), default=0) > 1
-    ))
+    slow = [r for r in results if max(r.first.values(), default=0) > 1]
+    firsts = [f"{r.name}: " + ", ".join(f"{b} {s:.2f}" for b, s in r.first.items()) for r in slow]
+    say("\nSeconds until the first unit was done, compilation included: " + "; ".join(firsts))
     peaks = [f"{r.name}: " + ", ".join(f"{b} {n / 2**20:.0f} MiB" for b, n in r.peak.items()) for r in results if r.peak]
     say("Peak memory: " + "; ".join(peaks))
     for result in results:

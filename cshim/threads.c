@@ -1,7 +1,7 @@
 /* The executor runs jobs in program order; the evaluator evaluates what somebody waits for. Both start when first needed. */
 #include <signal.h>
-#include <unistd.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "shim.h"
 
@@ -35,13 +35,13 @@ static void job_over(void) {
   state_unlock();
 }
 
-/* ---- the executor ---- */
 /* A thread of ours never ends: its thread-local destructors (MLX's compiled functions hold Python objects) would want the GIL of an
  * interpreter that is going away, which kills the process. */
 static _Noreturn void park(void) {
   for (;;) pause();
 }
 
+/* ---- the executor ---- */
 static void* executor_main(void* unused) {
   (void)unused;
   on_executor = on_own_thread = true;

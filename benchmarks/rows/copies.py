@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import mlx.core as mx
@@ -30,7 +31,7 @@ def get(nbytes: int) -> Callable[[jax.Device], Work]:
             units_done = 0.0
             for i in range(units):  # one at a time: the memory of many would not fit
                 fresh = jax.block_until_ready(step(base, np.float32(i)))
-                units_done += timed([lambda fresh=fresh: np.asarray(fresh)])
+                units_done += timed([partial(np.asarray, fresh)])
             return units_done
 
         return Work(sample, lambda: [np.asarray(step(base, np.float32(1)))], sample)
@@ -48,7 +49,7 @@ def get_mlx(nbytes: int) -> Callable[[], Work]:
             return y
 
         def sample(units: int) -> float:
-            return sum(timed([lambda y=fresh(i): np.array(y)]) for i in range(units))
+            return sum(timed([partial(np.array, fresh(i))]) for i in range(units))
 
         return Work(sample, lambda: [np.array(fresh(1))], sample)
 

@@ -52,7 +52,12 @@ def initial(config: Config) -> Params:
         {"norm1": norm(), "qkv": affine(w, 3 * w), "proj": affine(w, w), "norm2": norm(), "up": affine(w, 4 * w), "down": affine(4 * w, w)}
         for _ in range(config.layers)
     ]
-    return {"tokens": {"weight": normal(config.vocabulary, w)}, "positions": {"weight": normal(config.context, w)}, "layers": layers, "norm": norm()}
+    return {
+        "tokens": {"weight": normal(config.vocabulary, w)},
+        "positions": {"weight": normal(config.context, w)},
+        "layers": layers,
+        "norm": norm(),
+    }
 
 
 # ---- JAX -----------------------------------------------------------------------------------------------------------------------------
@@ -158,9 +163,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(w, 4 * w), nn.Linear(4 * w, w)
 
     def __call__(self, x: mx.array, mask: Any, cache: list[mx.array] | None = None, position: int = 0) -> mx.array:
-        q, k, v = (
-            y.reshape(*y.shape[:-1], self.heads, -1).swapaxes(-2, -3) for y in mx.split(self.qkv(self.norm1(x)), 3, axis=-1)
-        )
+        q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1).swapaxes(-2, -3) for y in mx.split(self.qkv(self.norm1(x)), 3, axis=-1))
         if cache is not None:
             cache[0][:, :, position : position + 1] = k
             cache[1][:, :, position : position + 1] = v
@@ -267,5 +270,7 @@ def rows(small: bool) -> list[Row]:
     start = config.context // 2
     return [
         Row(f"{name} train step, {batch} x {length}", *train, rtol=1e-2, peak=True, unit="step"),
-        Row(f"{name} decode, cache of {config.context}", decode_in_jax(config, start), decode_in_mlx(config, start), rtol=2e-2, unit="token"),
+        Row(
+            f"{name} decode, cache of {config.context}", decode_in_jax(config, start), decode_in_mlx(config, start), rtol=2e-2, unit="token"
+        ),
     ]

@@ -65,7 +65,7 @@ def newton(x: jax.Array):
     """Square roots to convergence of a slow iteration."""
 
     def body(carry):
-        y, error, n = carry
+        y, _, n = carry
         new = y + 0.02 * (x / y - y)
         return new, jnp.max(jnp.abs(new - y)), n + 1
 

@@ -51,7 +51,11 @@ def rows(small: bool) -> list[Row]:
         Row(f"matmul {n}, bfloat16", jax_calls(half_jax, *square), mlx_calls(half_mlx, *square), rtol=1e-2),
         Row("conv 3x3, 64 channels", jax_calls(conv_jax, image, kernel), mlx_calls(conv_mlx, image, kernel), rtol=2e-3),
         Row(f"elementwise, {chain.nbytes >> 20} MiB", jax_calls(chain_jax, chain), mlx_calls(chain_mlx, chain)),
-        Row("softmax", jax_calls(lambda x: jax.nn.softmax(x), square[0]), mlx_calls(lambda x: mx.softmax(x, axis=-1, precise=True), square[0])),
+        Row(
+            "softmax",
+            jax_calls(lambda x: jax.nn.softmax(x), square[0]),
+            mlx_calls(lambda x: mx.softmax(x, axis=-1, precise=True), square[0]),
+        ),
         Row(f"random normal, {n * n >> 10} Ki", random_jax(n * n), random_mlx(n * n), rtol=10),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 import mlx.core as mx
@@ -107,7 +106,11 @@ def rows(small: bool) -> list[Row]:
     params = [[normal(784, hidden, scale=0.05), np.zeros(hidden, np.float32)], [normal(hidden, 10, scale=0.05), np.zeros(10, np.float32)]]
     return [
         Row(f"lstm, {steps} steps", jax_calls(lstm, xs, *weights), lstm_mlx(xs, *weights), rtol=5e-3),
-        Row(f"mlp epoch in a scan, {count} batches", jax_steps(epoch_jax, params, images, labels), epoch_mlx(params, images, labels), rtol=2e-2, unit="epoch"),
+        Row(
+            f"mlp epoch in a scan, {count} batches",
+            jax_steps(epoch_jax, params, images, labels),
+            epoch_mlx(params, images, labels),
+            rtol=2e-2,
+            unit="epoch",
+        ),
     ]
-
-
