@@ -79,11 +79,14 @@ def compare_gpt(folder: Path, steps: int, count: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("examples", nargs="*", choices=["resnet", "gpt"], default=["resnet", "gpt"])
+    parser.add_argument("examples", nargs="*", metavar="resnet|gpt", help="default: both")
     parser.add_argument("--steps", type=int, default=30, help="of resnet")
     parser.add_argument("--gpt-steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
+    if unknown := set(options.examples) - {"resnet", "gpt"}:  # argparse's choices refuse an empty list on 3.12
+        parser.error(f"no example named {', '.join(sorted(unknown))}: choose resnet, gpt")
+    options.examples = options.examples or ["resnet", "gpt"]
     good = True
     with tempfile.TemporaryDirectory() as name:
         if "resnet" in options.examples:
