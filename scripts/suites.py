@@ -135,7 +135,7 @@ def first_line(case: dict[str, Any]) -> str:
 
 # ---- JAX's suite ---------------------------------------------------------------------------------------------------------------
 
-VARIANTS = {"jax": "as users run it", "jax-device": "`JAX_MPS_HOST=error`", "jax-x64": "`--x64`"}
+VARIANTS = {"jax": "as users run it, but that tests skip themselves as on cpu (scripts/jax_dut.py)", "jax-device": "`JAX_MPS_HOST=error`", "jax-x64": "`--x64`"}
 
 
 def jax_lines(args: argparse.Namespace) -> Iterator[str]:
