@@ -19,6 +19,14 @@ def test_stats_counts_what_ran() -> None:
     assert after["translations"] + after["disk_hits"] > before["translations"] + before["disk_hits"]
 
 
+def test_stats_counts_runs_on_the_host() -> None:
+    before = jax_mps.stats()["host_calls"]
+    f = jax.jit(lambda x: jnp.linalg.cholesky(x) + 1)
+    for _ in range(3):
+        jax.block_until_ready(f(np.eye(4, dtype=np.float32)))
+    assert jax_mps.stats()["host_calls"] == before + 3
+
+
 def test_explain_shows_segments_and_reasons() -> None:
     """A factorisation is on the host, and says why; what is around it is on the device."""
     compiled = jax.jit(lambda x: jnp.linalg.cholesky(x @ x.T + jnp.eye(3)) * 2).lower(jnp.eye(3)).compile()

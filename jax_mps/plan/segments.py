@@ -17,6 +17,7 @@ import numpy as np
 from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.config import settings
+from jax_mps.counters import count
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.plan.loops import Counter
@@ -279,6 +280,7 @@ class Host(Segment):
     def run(self, values: list[Any]) -> Sequence[Any]:
         from jax_mps.host.xla import HostFunction
 
+        count("host_calls")
         if self._function is None:
             self._function = HostFunction(self.files.artifact(self.name), self.inputs, self.outputs)
         arrays = to_host(values)
