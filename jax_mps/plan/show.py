@@ -6,8 +6,9 @@ import functools
 import logging
 from collections.abc import Iterator
 
+from jax_mps.plan.control import Branch, Loop
 from jax_mps.plan.program import Program
-from jax_mps.plan.segments import Block, Branch, Callback, Device, Host, Loop, Segment
+from jax_mps.plan.segments import Block, Callback, Device, Host, Segment
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from jax_mps.errors import InvalidProgram, Unsupported
 from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
 from jax_mps.ops.registry import LoweredStep, has_lowering
-from jax_mps.plan import build, export, loops, segments
+from jax_mps.plan import build, control, export, loops, segments
 from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Plan, Step, TensorType, Value
@@ -138,12 +138,12 @@ class _Assembler:
         inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
         return segments.Callback(step.call_target_name, _config(step), inputs, outputs)
 
-    def loop(self, draft: Draft) -> segments.Loop:
+    def loop(self, draft: Draft) -> control.Loop:
         counter = draft.counter
         captures = draft.reads[draft.carry :]
         position = captures.index(counter.bound_capture) if counter and counter.bound_capture is not None else None
         assert draft.cond is not None and draft.body is not None
-        return segments.Loop(
+        return control.Loop(
             carry=draft.carry,
             cond=self.block(draft.cond),
             body=self.block(draft.body),
@@ -155,8 +155,8 @@ class _Assembler:
             kind=draft.writes[counter.position].dtype if counter else "int32",
         )
 
-    def branch(self, draft: Draft) -> segments.Branch:
-        return segments.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")
+    def branch(self, draft: Draft) -> control.Branch:
+        return control.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")
 
 
 def _config(step: Step) -> Any:
