@@ -237,7 +237,7 @@ static void evaluate_for_waiter(Cell* cell) {
   state_unlock();
   if (!lazy || (on_own_thread && !on_executor) || caller_has_gil()) return;
   PyGILState_STATE gil = PyGILState_Ensure();
-  error_release(cell_evaluate(cell)); /* the cell has it too */
+  error_release(cells_evaluate(&cell, 1)); /* the cell has it too */
   PyGILState_Release(gil);
 }
 

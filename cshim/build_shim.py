@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("api", "bridge", "buffers", "cells", "client", "errors", "events", "executables", "execute", "process", "threads")
+SOURCES = ("api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "process", "threads")
 
 # cffi's setuptools hook runs this file as "__cffi__", at the project's root, and setuptools wants
 # relative paths; ffibuilder.compile() changes directory and needs absolute ones.

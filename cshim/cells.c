@@ -7,6 +7,8 @@ struct Record {
   PJRT_Error* error;
   size_t made, live, done; /* cells: ever, still LAZY, evaluated */
   Cell* cells;             /* those still LAZY */
+  bool joined;             /* its values were in a batch, or not wanted then */
+  Batch* batch;            /* or NULL */
   uint64_t mark;
   Record *older, *newer; /* all records, in the order they were made */
   Record* link;          /* the worklist it is on */
@@ -34,6 +36,7 @@ static void free_dead(Record* work) {
     *(record->older ? &record->older->newer : &oldest) = record->newer;
     *(record->newer ? &record->newer->older : &newest) = record->older;
     error_release(record->error);
+    if (record->batch) batch_unref(record->batch);
     free(record);
     atomic_fetch_sub(&record_count, 1);
   }
@@ -144,6 +147,10 @@ static void inherit_failure(Record* record) {
   }
 }
 
+void cell_inherit(Cell* cell) {
+  if (cell->state == LAZY && cell->record) inherit_failure(cell->record);
+}
+
 static void leave_record(Cell* cell, bool done) {
   Record* record = cell->record;
   if (!record) return;
@@ -170,8 +177,41 @@ void cell_set_ready(Cell* cell) {
 }
 
 State cell_settle(Cell* cell) {
-  if (cell->state == LAZY && cell->record && cell->record->error) cell_fail(cell, cell->record->error);
+  Record* record = cell->state == LAZY ? cell->record : NULL;
+  if (record && record->error) cell_fail(cell, record->error);
+  else if (record && record->batch && batch_is_over(record->batch)) cell_set_ready(cell);
   return cell->state;
+}
+
+/* ---- batches ---- */
+Batch* cell_batch(Cell* cell) { return cell->record ? cell->record->batch : NULL; }
+
+size_t records_join(Batch* batch, Cell*** out) {
+  size_t capacity = 0, count = 0;
+  Record* first = NULL;
+  for (Record* record = newest; record && !record->joined; record = record->older) {
+    inherit_failure(record);
+    capacity += record->live;
+    first = record;
+  }
+  Cell** cells = malloc((capacity + 1) * sizeof *cells);
+  for (Record* record = cells ? first : NULL; record; record = record->newer) {
+    record->joined = true;
+    if (record->error || record->live == 0) continue;
+    record->batch = batch;
+    batch->references++;
+    for (Cell* cell = record->cells; cell; cell = cell->sibling) {
+      cell->references++;
+      cells[count++] = cell;
+    }
+  }
+  *out = cells;
+  return count;
+}
+
+void records_fail(PJRT_Error* error) {
+  for (Record* record = oldest; record; record = record->newer)
+    if (record->batch && !batch_is_over(record->batch)) record_fail(record, error);
 }
 
 Cell* cell_new(State state, PyObject* value, size_t nbytes) {
@@ -223,123 +263,6 @@ void cell_release(Cell* cell) {
   bool last = cell_unref(cell);
   state_unlock();
   if (last) cell_free(cell);
-}
-
-/* ---- evaluation ---- */
-static Waiter* complete(Cell* cell) {
-  return cell->event ? event_complete(cell->event, cell->error) : NULL;
-}
-
-static atomic_llong unfinished; /* the cost of what ran since all of it was waited for */
-
-void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&unfinished, cost, memory_order_relaxed); }
-
-bool evaluation_is_short(void) { return laziness.evaluate_now && atomic_load(&unfinished) < 8 * laziness.eager_cost; }
-
-/* Blocks until the values are evaluated. Where the client gave the means, no Python code runs, so that Ctrl-C cannot end an evaluation
- * half way; what cannot take long is waited for under the lock, which saves a trip to MLX's thread. */
-static PyObject* evaluate(PyObject* values) {
-  if (!laziness.evaluate_now) return hook_call(HOOK_evaluate, PyTuple_Pack(1, values));
-  PyObject* done;
-  lock_with_gil();
-  int64_t before = atomic_load(&unfinished);
-  if (evaluation_is_short()) {
-    done = PyObject_CallFunctionObjArgs(laziness.evaluate_now, values, NULL);
-    unlock_with_gil();
-    return done;
-  }
-  done = hook_call(HOOK_schedule, PyTuple_Pack(1, values));
-  unlock_with_gil();
-  if (!done) return NULL;
-  Py_DECREF(done);
-  done = PyObject_CallObject(laziness.synchronize, NULL);
-  if (done) atomic_fetch_sub(&unfinished, before);
-  return done;
-}
-
-PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters) {
-  PyObject* values = PyList_New(0);
-  state_lock();
-  for (size_t i = 0; i < count; i++)
-    if (cells[i]->state == LAZY && cells[i]->record) inherit_failure(cells[i]->record);
-  state_unlock();
-  bool built = values != NULL;
-  for (size_t i = 0; i < count && built; i++) {
-    state_lock();
-    bool lazy = cell_settle(cells[i]) == LAZY;
-    state_unlock();
-    if (lazy) built = PyList_Append(values, cells[i]->value) == 0;
-  }
-  PJRT_Error* error = NULL;
-  if (!built) {
-    error = error_from_python("evaluate");
-  } else if (PyList_Size(values) > 0) {
-    PyObject* result = evaluate(values);
-    if (!result) error = error_from_python("evaluate");
-    Py_XDECREF(result);
-  }
-  if (values) drop_value(values);
-
-  state_lock();
-  for (size_t i = 0; i < count; i++) {
-    Cell* cell = cells[i];
-    if (cell_settle(cell) == LAZY) {
-      if (!error) {
-        cell_set_ready(cell);
-      } else {
-        if (cell->record) record_fail(cell->record, error);
-        cell_fail(cell, error);
-      }
-    }
-    if (waiters) *waiters = waiters_join(complete(cell), *waiters);
-  }
-  state_unlock();
-  return error;
-}
-
-/* JAX asks for one output after the other, and each answer costs a trip to MLX's thread. */
-PJRT_Error* cell_evaluate(Cell* cell) {
-  if (!laziness.evaluate_now) return cells_evaluate(&cell, 1, NULL);
-  Cell* group[64] = {cell};
-  size_t count = 1;
-  state_lock();
-  Cell* next = cell_settle(cell) == LAZY && cell->record ? cell->record->cells : NULL;
-  for (; next && count < COUNT_OF(group); next = next->sibling) {
-    if (next == cell) continue;
-    next->references++;
-    group[count++] = next;
-  }
-  state_unlock();
-  PJRT_Error* error = cells_evaluate(group, count, NULL);
-  for (size_t i = 1; i < count; i++) cell_release(group[i]);
-  return error;
-}
-
-PJRT_Error* cell_materialise(Cell* cell) {
-  for (;;) {
-    state_lock();
-    State state = cell_settle(cell);
-    PJRT_Error* error = state == FAILED ? error_retain(cell->error) : NULL;
-    state_unlock();
-    if (state == FAILED) return error;
-    if (state == READY || state == HOST) return NULL;
-    if (state == LAZY) {
-      error = cell_evaluate(cell);
-      if (error) return error;
-      continue; /* it may have failed with another of its record */
-    }
-    if (on_executor) {
-      if (executor_help()) continue;
-      return error_new(PJRT_Error_Code_FAILED_PRECONDITION,
-                       "a callback waits for the result of the computation that called it");
-    }
-    REFUSE_IF_CLOSED();
-    PyThreadState* thread = PyEval_SaveThread();
-    state_lock();
-    while (cell->state == PENDING) state_wait();
-    state_unlock();
-    PyEval_RestoreThread(thread);
-  }
 }
 
 /* ---- views of the data ---- */

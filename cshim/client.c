@@ -175,11 +175,15 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!int_at(dict, "lazy_limit", &wanted.lazy_limit)) return "lazy_limit";
   if (!int_at(dict, "lazy_bytes", &wanted.lazy_bytes)) return "lazy_bytes";
   wanted.view_in_place = client->is_on_cpu;
-  wanted.evaluate_now = PyDict_GetItemString(dict, "evaluate_now");
-  wanted.synchronize = PyDict_GetItemString(dict, "synchronize");
+  static const char* const names[] = {"evaluate_now", "start", "synchronize", "scope", "sentinel"};
+  PyObject** const means[] = {&wanted.evaluate_now, &wanted.start, &wanted.synchronize, &wanted.scope, &wanted.sentinel};
+  for (size_t i = 0; i < COUNT_OF(means); i++) {
+    *means[i] = PyDict_GetItemString(dict, names[i]);
+    Py_XINCREF(*means[i]); /* kept with the client */
+  }
+  if (!wanted.evaluate_now != !wanted.start) return "start";
   if (!wanted.evaluate_now != !wanted.synchronize) return "synchronize";
-  Py_XINCREF(wanted.evaluate_now); /* kept with the client */
-  Py_XINCREF(wanted.synchronize);
+  if (!wanted.scope != !wanted.sentinel) return "sentinel";
   laziness = wanted;
   return NULL;
 }

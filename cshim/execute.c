@@ -2,8 +2,7 @@
 #include "shim.h"
 
 atomic_llong execute_count;
-atomic_llong lazy_count; /* executions, and the bytes they would make, since the last schedule; under the lock */
-static int64_t lazy_bytes;
+static int64_t lazy_count, lazy_bytes; /* executions, and the bytes they would make, since the last schedule; GIL */
 
 /* ---- running a direct executable: GIL held ---- */
 static PJRT_Error* prepare(PJRT_Executable* executable) { /* locked */
@@ -74,40 +73,45 @@ static PJRT_Error* check_results(PyObject* results, size_t expected, const char*
   return NULL;
 }
 
-/* Starts evaluation when much is waiting. Locked. */
-static PJRT_Error* schedule(PJRT_Executable* executable, PyObject* results) {
+/* By the hook. What fails is told to the results. */
+static PJRT_Error* ask_to_schedule(PJRT_Executable* executable, Cell* const* outputs) {
+  PyObject* values = PyList_New(0);
+  for (size_t i = 0; i < executable->outputs.count && values; i++)
+    if (!executable->output_is_host[i] && PyList_Append(values, outputs[i]->value) != 0) Py_CLEAR(values);
+  if (!values) return error_from_python("schedule");
+  lock_with_gil();
+  PyObject* done = PyList_Size(values) ? hook_call(HOOK_schedule, PyTuple_Pack(1, values)) : Py_NewRef(Py_None);
+  unlock_with_gil();
+  drop_value(values);
+  PJRT_Error* error = done ? NULL : error_from_python("schedule");
+  Py_XDECREF(done);
+  if (!error) return NULL;
+  state_lock();
+  for (size_t i = 0; i < executable->outputs.count; i++)
+    if (outputs[i]->record) record_fail(outputs[i]->record, error);
+  state_unlock();
+  return error;
+}
+
+/* After its results are in their cells, and its donated inputs are let go (MLX writes into memory that only the graph holds): starts
+ * evaluation when much is waiting. GIL held. */
+static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
   size_t bytes = 0, count = executable->outputs.count;
   for (size_t i = 0; i < count; i++)
     if (!executable->output_is_host[i]) bytes += executable->outputs.items[i].nbytes;
   lazy_bytes += (int64_t)bytes;
+  lazy_count++;
   evaluation_started(executable->cost);
-  int64_t waiting = atomic_fetch_add_explicit(&lazy_count, 1, memory_order_relaxed) + 1;
-  if (executable->cost < laziness.eager_cost && waiting < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes)
-    return NULL;
-  atomic_store(&lazy_count, 0);
-  lazy_bytes = 0;
-  PyObject* values = PyList_New(0);
-  for (size_t i = 0; i < count && values; i++)
-    if (!executable->output_is_host[i] && PyList_Append(values, result_at(results, i)) != 0) Py_CLEAR(values);
-  if (!values) return error_from_python("schedule");
-  if (PyList_Size(values) == 0) {
-    Py_DECREF(values);
-    return NULL;
-  }
-  /* Two threads that pass each other tiny ops cost more than one that does them all. */
-  PyObject* done = executable->cost < laziness.eager_cost && evaluation_is_short()
-                       ? PyObject_CallFunctionObjArgs(laziness.evaluate_now, values, NULL)
-                       : hook_call(HOOK_schedule, PyTuple_Pack(1, values));
-  Py_DECREF(values);
-  if (!done) return error_from_python("schedule");
-  Py_DECREF(done);
-  return NULL;
+  if (executable->cost < laziness.eager_cost && lazy_count < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes) return;
+  lazy_count = lazy_bytes = 0;
+  /* On CPU, two threads that pass each other tiny ops cost more than one that does them all. */
+  bool here = !laziness.sentinel && executable->cost < laziness.eager_cost;
+  PJRT_Error* error = laziness.evaluate_now ? evaluate_lazy(here) : ask_to_schedule(executable, outputs);
+  error_release(error); /* the records have it */
 }
 
-/* The results of a direct executable; *late is a failure that its values, not the call, must show. Without it the caller schedules. */
-static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results,
-                              PJRT_Error** late) {
-  if (late) *late = NULL;
+/* The results of a direct executable. */
+static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results) {
   *results = NULL;
   lock_with_gil();
   PJRT_Error* error = NULL;
@@ -117,19 +121,14 @@ static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, 
     error = *results ? check_results(*results, executable->outputs.count, "prepare (its callable)", executable->name)
                      : error_from_python(executable->name);
   }
-  if (!error) {
-    executable->runs++;
-    if (late) *late = schedule(executable, *results);
-  } else {
-    Py_CLEAR(*results);
-  }
+  if (!error) executable->runs++;
+  else Py_CLEAR(*results);
   unlock_with_gil();
   return error;
 }
 
 /* Puts results into cells. State lock held; nothing here runs Python. */
-static Waiter* fill(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject* results, PJRT_Error* late,
-                    Cell* const* outputs) {
+static Waiter* fill(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject* results, Cell* const* outputs) {
   Waiter* waiters = NULL;
   Record* record = NULL;
   for (size_t i = 0; i < executable->outputs.count; i++) {
@@ -145,29 +144,13 @@ static Waiter* fill(PJRT_Executable* executable, Cell* const* inputs, size_t cou
     if (!record) record = record_new(inputs, count);
     record_adopt(record, cell);
   }
-  if (record) {
-    if (late) record_fail(record, late);
-    record_release(record);
-  }
+  if (record) record_release(record);
   for (size_t i = 0; i < executable->outputs.count; i++) {
     Cell* cell = outputs[i];
     if (!cell->event || cell->state != LAZY) continue;
     evaluator_arm(cell); /* it also tells of failures */
   }
   return waiters;
-}
-
-/* Evaluation starts when donated inputs are let go: MLX writes into memory that only the graph holds. */
-static void schedule_late(PJRT_Executable* executable, PyObject* results, Cell* const* outputs) {
-  lock_with_gil();
-  PJRT_Error* late = schedule(executable, results);
-  unlock_with_gil();
-  if (!late) return;
-  state_lock();
-  for (size_t i = 0; i < executable->outputs.count; i++)
-    if (outputs[i]->record) record_fail(outputs[i]->record, late);
-  state_unlock();
-  error_release(late);
 }
 
 /* ---- the arguments ---- */
@@ -319,9 +302,9 @@ static PJRT_Error* wait_for_inputs(Job* job) {
 void job_run(Job* job) {
   PJRT_Executable* executable = job->executable;
   PyObject* results = NULL;
-  PJRT_Error *late = NULL, *error = wait_for_inputs(job);
+  PJRT_Error* error = wait_for_inputs(job);
   if (!error && executable->direct) {
-    error = run_direct(executable, job->inputs, job->input_count, &results, &late);
+    error = run_direct(executable, job->inputs, job->input_count, &results);
   } else if (!error) {
     PyObject* list = argument_list(job);
     evaluation_started(laziness.eager_cost < INT64_MAX / 64 ? 16 * laziness.eager_cost : 0);
@@ -332,13 +315,13 @@ void job_run(Job* job) {
   Waiter* waiters = NULL;
   if (!error) {
     state_lock();
-    waiters = fill(executable, job->inputs, job->input_count, results, late, job->outputs);
+    waiters = fill(executable, job->inputs, job->input_count, results, job->outputs);
     state_unlock();
   }
   if (results) drop_value(results);
+  if (!error && executable->direct) schedule(executable, job->outputs);
   job_finish(job, error, waiters, true);
   error_release(error);
-  error_release(late);
 }
 
 /* ---- the entry ---- */
@@ -456,20 +439,18 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     }
   } else {
     PyObject* results;
-    PJRT_Error* late = NULL;
     PyGILState_STATE gil = PyGILState_Ensure();
-    error = run_direct(executable, inputs, count, &results, donated ? NULL : &late);
+    error = run_direct(executable, inputs, count, &results);
     if (!error) {
       state_lock();
-      Waiter* none = fill(executable, inputs, count, results, late, outputs);
+      Waiter* none = fill(executable, inputs, count, results, outputs);
       state_unlock();
       (void)none; /* nobody knows these cells yet */
     }
     leave_arguments(buffers, inputs, count, error ? NULL : donated);
-    if (!error && donated) schedule_late(executable, results, outputs);
     Py_XDECREF(results);
+    if (!error) schedule(executable, outputs);
     PyGILState_Release(gil);
-    error_release(late);
   }
   if (error)
     for (size_t i = 0; i < executable->outputs.count; i++) cell_release(outputs[i]);

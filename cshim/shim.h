@@ -87,6 +87,7 @@ Waiter* waiters_join(Waiter* first, Waiter* second);
 
 /* ---- cells.c: values, and the executions they come from ---- */
 typedef struct Record Record;
+typedef struct Batch Batch;
 typedef enum { PENDING, LAZY, READY, HOST, FAILED } State;
 typedef struct Cell {
   long references;   /* state lock */
@@ -104,7 +105,11 @@ typedef struct Cell {
 } Cell;
 
 /* These need the state lock. */
-State cell_settle(Cell* cell); /* its state, with its record's failure taken in */
+State cell_settle(Cell* cell); /* its state, with what its record and its batch know taken in */
+void cell_inherit(Cell* cell); /* takes in failures of what it is made from */
+Batch* cell_batch(Cell* cell); /* or NULL */
+size_t records_join(Batch* batch, Cell*** cells); /* all LAZY cells in no batch yet, with a reference to each; free() the array */
+void records_fail(PJRT_Error* error); /* all whose batch is not over */
 void cell_fail(Cell* cell, PJRT_Error* error);
 void cell_set_ready(Cell* cell);
 Record* record_new(Cell* const* inputs, size_t count);
@@ -117,14 +122,24 @@ extern atomic_long record_count;
 /* These must not hold it. */
 Cell* cell_new(State state, PyObject* value, size_t nbytes); /* takes the value */
 void cell_free(Cell* cell);
-PJRT_Error* cell_evaluate(Cell* cell); /* GIL held; with its siblings, where that is cheaper */
-void evaluation_started(int64_t cost);
-bool evaluation_is_short(void); /* and there are the means to do it at once */
 void cell_release(Cell* cell);
-PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
 PJRT_Error* cell_view(Cell* cell, size_t nbytes, const Py_buffer** view); /* GIL held */
-PJRT_Error* cells_evaluate(Cell* const* cells, size_t count, Waiter** waiters); /* GIL held; one record's */
 PyObject* cell_value_at(const void* pointer); /* GIL held; new reference or NULL, no exception */
+
+/* ---- evaluation.c ---- */
+struct Batch { /* values whose evaluation started together */
+  long references; /* state lock */
+  uint64_t sequence;
+  int64_t cost;      /* of all that was dispatched before it */
+  PyObject* started; /* what its first waiter takes and waits for; state lock */
+  Batch* next;
+};
+void batch_unref(Batch* batch);         /* state lock held */
+bool batch_is_over(const Batch* batch); /* state lock held */
+void evaluation_started(int64_t cost);
+PJRT_Error* evaluate_lazy(bool here); /* GIL held; starts all that is lazy, or ends it, if that is short and the caller may wait */
+PJRT_Error* cells_evaluate(Cell* const* cells, size_t count); /* GIL held; one record's; waits */
+PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
 
 /* ---- client.c ---- */
 struct PJRT_DeviceDescription {
@@ -158,7 +173,8 @@ struct PJRT_Client {
 typedef struct {
   int64_t eager_cost, lazy_limit, lazy_bytes;
   bool view_in_place;
-  PyObject *evaluate_now, *synchronize; /* or NULL */
+  PyObject *evaluate_now, *start, *synchronize; /* all or none */
+  PyObject *scope, *sentinel;                   /* on a GPU */
 } Laziness;
 extern Laziness laziness;
 PJRT_Error* named_values_from_dict(PyObject* dict, PJRT_NamedValue** values, size_t* count, const char* hook);
@@ -244,7 +260,6 @@ typedef struct Job {
 void job_run(Job* job);                       /* GIL held; frees it */
 void job_cancel(Job* job, PJRT_Error* error); /* no GIL needed; frees it, borrows the error */
 extern atomic_llong execute_count;
-extern atomic_llong lazy_count;
 
 /* ---- threads.c ---- */
 extern _Thread_local bool on_executor, on_own_thread;

@@ -116,7 +116,11 @@ static PyThreadState* evaluate_all(Cell* cells, PyThreadState* thread) {
     size_t count = take_group(&cells, group, COUNT_OF(group));
     Waiter* waiters = NULL;
     PyEval_RestoreThread(thread);
-    error_release(cells_evaluate(group, count, &waiters));
+    error_release(cells_evaluate(group, count));
+    state_lock();
+    for (size_t i = 0; i < count; i++)
+      if (group[i]->event) waiters = waiters_join(event_complete(group[i]->event, group[i]->error), waiters);
+    state_unlock();
     thread = PyEval_SaveThread();
     event_fire(waiters);
     for (size_t i = 0; i < count; i++) cell_release(group[i]);

@@ -144,35 +144,41 @@ def released() -> Iterator[None]:
         lib.shim_reacquire(depth)
 
 
-# On a GPU: evaluations that were started and that nobody waited for since; under the lock.
-_started = 0
+def waits() -> dict[str, Any]:
+    """What C evaluates and waits with: MLX's own functions, since no Python code must run there (cshim/README.md).
+
+    On a GPU the wait is for an array of its own that depends on the values: those, others may use meanwhile.
+    """
+    where = device()
+    started = {"evaluate_now": mx.eval, "start": mx.async_eval}
+    if where.kind == "cpu":
+        return {**started, "synchronize": functools.partial(mx.synchronize, where.stream)}
+    scope = functools.partial(mx.stream, where.stream)
+    return {**started, "synchronize": mx.eval, "scope": scope, "sentinel": functools.partial(mx.depends, _nothing())}
+
+
+@functools.cache
+def _nothing() -> mx.array:
+    with locked():
+        nothing = mx.zeros((1,), mx.uint8)
+        mx.eval(nothing)
+    return nothing
 
 
 def evaluate(values: Sequence[mx.array]) -> None:
     """Block until the arrays are evaluated; the lock is held while evaluation is scheduled, not while it runs.
 
-    On a GPU where nothing is under way, they are done, or cheap (what is not was scheduled when it was dispatched): evaluated under the lock.
-
     Raises:
         RuntimeError: what MLX says of a primitive that failed. The arrays must not be read after that.
     """
-    global _started
-    where = device()
-    if where.kind == "cpu":
+    if device().kind == "cpu":
         start(values)
         wait()
         return
     with locked():
-        if _started == 0:
-            mx.eval(*values)
-            return
-        _started += 1
-        before = _started
-        sentinel = mx.depends([mx.zeros((1,), mx.uint8) + 0], list(values))[0]
+        sentinel = mx.depends(_nothing(), list(values))
         mx.async_eval(*values, sentinel)
     mx.eval(sentinel)
-    with locked():
-        _started = max(0, _started - before)  # one stream: what was started before is done, too
 
 
 def wait() -> None:
@@ -184,10 +190,8 @@ def wait() -> None:
 
 def start(values: Sequence[mx.array]) -> None:
     """Start evaluating the arrays."""
-    global _started
     lib.shim_lock()
     try:
-        _started += 1
         mx.async_eval(*values)
     finally:
         lib.shim_unlock()

@@ -17,6 +17,7 @@ from jax_mps.ops import complex as complex_
 from jax_mps.ops.bits import constant as const
 from jax_mps.ops.dtypes import BITS, MX, mx_array
 from jax_mps.ops.registry import LoweredRegion, Run, defining_step, elementwise, lowers, mark_elementwise
+from jax_mps.ops.shapes import small_on_cpu
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, Value
 
@@ -384,7 +385,7 @@ def constant(op: Step) -> Run:
     value, dtype, shape = op.value, op.result.dtype, op.result.shape
     if value.size == 0:
         return lambda: mx.zeros(shape, MX[dtype])
-    if value.ndim and not any(value.strides):
+    if value.ndim and not any(value.strides) and not small_on_cpu(op.result):
         return lambda: mx.broadcast_to(mx_array(value[(0,) * value.ndim], dtype), shape)
     return lambda: mx_array(value, dtype)
 

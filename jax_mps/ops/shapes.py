@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops.dtypes import MX
-from jax_mps.ops.registry import Run, lowers
+from jax_mps.ops.dtypes import MX, mx_array
+from jax_mps.ops.registry import Run, defining_step, lowers
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, TensorType
 
@@ -25,7 +26,16 @@ def empty(kind: TensorType) -> mx.array:
 
 @lowers("stablehlo.broadcast_in_dim")
 def broadcast_in_dim(op: Step) -> Run:
+    step = defining_step(op.operands[0])
+    if step is not None and step.name == "stablehlo.constant" and op.operand.rank == 0 and small_on_cpu(op.result):
+        value = np.broadcast_to(step.value, op.result.shape)
+        return lambda x: mx_array(value, op.result.dtype)
     return _broadcast(op.operand.shape, tuple(op.broadcast_dimensions), op.result.shape)
+
+
+def small_on_cpu(kind: TensorType) -> bool:
+    """Whether a splat is cheaper as bytes: on CPU each op of a graph costs 1 us; on a GPU a fused kernel has scalars in its source."""
+    return device_kind() == "cpu" and 0 < kind.nbytes <= 256
 
 
 @lowers("stablehlo.dynamic_broadcast_in_dim")
@@ -45,6 +55,8 @@ def _broadcast(operand: Shape, dimensions: Shape, result: Shape) -> Run:
     for axis, dimension in enumerate(dimensions):
         aligned[dimension] = operand[axis]
     sorted_already = order == list(range(len(operand)))
+    while len(aligned) > len(operand) and aligned[0] == 1:
+        del aligned[0]  # MLX aligns at the end: no reshape, which costs an op and ends a fused kernel
 
     def run(x: mx.array) -> mx.array:
         x = x if sorted_already else mx.transpose(x, order)

@@ -54,12 +54,11 @@ def host_view(value: Any) -> tuple[Any, Any]:
     exporter: Any  # an mx.array has the buffer protocol; its stub does not say so
     with runtime.locked():
         dense = mx.contiguous(value)
-    runtime.evaluate([dense])
-    if runtime.device_kind() == "cuda":
-        with runtime.locked():
+        if runtime.device_kind() == "cuda":
             exporter = mx.array(dense)  # reading moves an array to managed memory for good: read a copy
             mx.eval(exporter)
             return value, memoryview(exporter)
+    runtime.evaluate([dense])
     exporter = dense
     with runtime.locked():
         return dense, memoryview(exporter)

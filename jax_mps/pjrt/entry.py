@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import threading
@@ -53,10 +52,8 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
     device = runtime.device()
     client()
     names = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
-    # MLX's own functions, since no Python code must run there. On a GPU the wait is long: `evaluate` holds no lock meanwhile.
-    waits = {"evaluate_now": mx.eval, "synchronize": functools.partial(mx.synchronize, device.stream)} if device.kind == "cpu" else {}
     return {
-        **waits,
+        **runtime.waits(),
         "platform_name": "mps",
         "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({device.kind})",
         "device_kind": f"MLX {device.kind} {device.architecture}",

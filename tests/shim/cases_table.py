@@ -128,6 +128,43 @@ def case_is_ready_never_blocks():
     table.destroy(x, y)
 
 
+def case_waiting_beside_a_gpu():
+    """Where evaluation is long, it is started in the client's scope, and what is waited for is an array that depends on the values."""
+    seen = []
+
+    class Scope:
+        def __enter__(self):
+            seen.append("enter")
+
+        def __exit__(self, *failure):
+            seen.append("exit")
+
+    def sentinel(values):
+        seen.append(f"sentinel of {len(values)}")
+        return Thunk(np.zeros, (1,))
+
+    def start(values):
+        seen.append(f"start {len(values)}")
+        toy.engine.evaluate(values[:-1])
+
+    def synchronize(value):
+        seen.append(type(value).__name__)
+
+    means = {"evaluate_now": None, "start": start, "synchronize": synchronize, "scope": Scope, "sentinel": sentinel, "eager_cost": 0}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
+    other = table.client()
+    x = table.put(other, np.float32([1, -2, 3, -4]))
+    try:
+        (y,), _ = table.execute(double, [x])
+        event = table.Buffer_ReadyEvent(buffer=y).event
+        assert table.is_ready(event)
+        assert seen == ["enter", "sentinel of 1", "exit", "enter", "start 2", "exit", "Thunk"], seen
+        table.Event_Destroy(event=event)
+        table.destroy(x, y)
+    finally:
+        install()
+
+
 def case_who_waits_evaluates():
     """Where the client gives the means, who asks for a ready event without the GIL evaluates the execution's values; with it, nothing blocks."""
     seen = []
@@ -136,7 +173,7 @@ def case_who_waits_evaluates():
         seen.append(len(values))
         toy.engine.evaluate(values)
 
-    means = {"evaluate_now": now, "synchronize": lambda: None}
+    means = {"evaluate_now": now, "start": toy.engine.evaluate, "synchronize": lambda: None}
     install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
     other = table.client()
     both = load(lambda x: [Thunk(np.negative, (x,)), Thunk(np.abs, (x,))], 1, 2)
