@@ -2,6 +2,7 @@
 
 This package knows nothing of JAX, MLX or plans. It stores a manifest (JSON), a few named files and large constants
 under a key made of named parts, and gives them back whole or not at all. `docs/cache.md` says what it promises.
+Every process imports it at its start: its values are NamedTuples, since a frozen dataclass takes 0.4 ms to make.
 """
 
 from jax_mps.cache.entry import Alias, Damaged, Entry

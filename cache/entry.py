@@ -14,9 +14,8 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_mps.cache.files import Buffer, remove
 from jax_mps.cache.fingerprint import Key
@@ -35,8 +34,7 @@ class Damaged(ValueError):
     """A stored file is not what its checksums, its key or its format say it should be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The verified head of an entry: its key, the caller's manifest, and where each blob lies."""
 
     key: Key
@@ -47,13 +45,15 @@ class Header:
     size: int  # of the whole file
 
 
-@dataclass(frozen=True, slots=True)
 class Entry:
     """A stored program, verified whole. It stays good after the file behind it is evicted, constants excepted."""
 
-    header: Header
-    _data: memoryview
-    _load: Callable[[str, int], bytes]
+    __slots__ = ("_data", "_load", "header")
+
+    def __init__(self, header: Header, data: memoryview, load: Callable[[str, int], bytes]) -> None:
+        self.header = header
+        self._data = data
+        self._load = load
 
     @property
     def key(self) -> Key:
@@ -98,13 +98,12 @@ class Entry:
         return self._data[offset : offset + size]
 
 
-@dataclass(frozen=True, slots=True)
-class Alias:
+class Alias(NamedTuple):
     """Where one raw program (its bytes as JAX sent them) leads: the canonical key, and what is its own."""
 
     key: Key
     name: str
-    extra: Json = field(default_factory=dict)
+    extra: Json = {}  # noqa: RUF012  (nobody changes it)
 
     @property
     def digest(self) -> str:

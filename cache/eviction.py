@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jax_mps.cache.files import remove
 
@@ -22,8 +22,7 @@ LOW_WATER = 0.8
 KINDS = ("entries", "aliases", "constants")
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """A number that processes raise together: the length of a file in blocks. Lost or wrong, it costs one scan."""
 
     path: str
@@ -56,8 +55,7 @@ class Tally:
             return None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Files and blocks of one kind."""
 
     files: int = 0

@@ -6,14 +6,12 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
 TRANSLATOR_FOLDERS = ("plan", "ops", "calls", "rewrites", "host")
 
 
-@dataclass(frozen=True, slots=True)
 class Key:
     """What a stored program depends on, part by part; two keys are equal when every part is.
 
@@ -21,14 +19,23 @@ class Key:
     parts share an encoding.
     """
 
-    parts: tuple[tuple[str, str], ...]
-    digest: str = field(init=False, compare=False)
+    __slots__ = ("digest", "parts")
 
-    def __post_init__(self) -> None:
-        names = [name for name, _ in self.parts]
+    def __init__(self, parts: tuple[tuple[str, str], ...]) -> None:
+        names = [name for name, _ in parts]
         if len(set(names)) != len(names):
             raise ValueError(f"a key names each of its parts once, got {names}")
-        object.__setattr__(self, "digest", hashlib.sha256(_encode(self.parts)).hexdigest())
+        self.parts = parts
+        self.digest = hashlib.sha256(_encode(parts)).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __repr__(self) -> str:
+        return f"Key({self.parts!r})"
 
     def __getitem__(self, name: str) -> str:
         return dict(self.parts)[name]

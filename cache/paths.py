@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +29,9 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     named = environ.get("JAX_MPS_CACHE_DIR")
     if named:
         return Path(os.path.abspath(os.path.expanduser(named)))
-    import platformdirs  # here: 7-20 ms, which JAX_MPS_CACHE_DIR saves
-
-    try:
-        folder = Path(platformdirs.user_cache_dir("jax-mps", appauthor=False))
-    except (OSError, KeyError, RuntimeError):
-        return None
-    return folder if folder.is_absolute() else None
+    caches = "~/Library/Caches" if sys.platform == "darwin" else environ.get("XDG_CACHE_HOME", "").strip()
+    folder = os.path.expanduser(os.path.join(caches or "~/.cache", "jax-mps"))
+    return Path(folder) if os.path.isabs(folder) else None
 
 
 def turned_off(environ: Mapping[str, str] = os.environ) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jax_mps.cache.entry import Alias, Damaged, Header, decode_alias, decode_entry, decode_header, file_bytes, header_bytes, is_digest
 from jax_mps.cache.files import read_whole
@@ -14,8 +14,7 @@ FIRST = 1 << 18  # bytes read before a file's own statement of its size is belie
 MOST = 1 << 31  # bytes of an entry; more is no translated program
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(NamedTuple):
     """One stored entry as the command line sees it: its verified head, without its blobs."""
 
     digest: str
@@ -24,8 +23,7 @@ class Listing:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something in the folder that `verify` found wrong."""
 
     path: str

@@ -1,6 +1,14 @@
 /* The calls of jax_mps._shim, as the cffi recipe also declares them. cffi drops the GIL around each. */
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
+
+/* A pointer that a library calls a function of the given name (an index) through. */
+typedef struct {
+  uintptr_t address;
+  int name;
+  int read_only;
+} shim_cell;
 
 #pragma GCC visibility push(hidden)
 int shim_install(uintptr_t hooks);
@@ -19,4 +27,9 @@ int shim_stopping(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
 void shim_watch_interrupts(int on);
+int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most); /* cells found, -1 for no such library */
+int shim_write_cell(const shim_cell* cell, uintptr_t value); /* 0 or an error number */
+int shim_file_of(uintptr_t address, char* path, int size);
+int shim_serve_reads(const char* library); /* once; 0 if that library's reads can be served */
+void shim_serve(const char* data, size_t size); /* from now on, on this thread; NULL ends it */
 #pragma GCC visibility pop

@@ -12,7 +12,9 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "process", "threads")
+SOURCES = (
+    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "process", "threads",
+)  # fmt: skip
 
 # cffi's setuptools hook runs this file as "__cffi__", at the project's root, and setuptools wants
 # relative paths; ffibuilder.compile() changes directory and needs absolute ones.
@@ -35,6 +37,12 @@ int shim_stopping(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
 void shim_watch_interrupts(int on);
+typedef struct { uintptr_t address; int name; int read_only; } shim_cell;
+int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most);
+int shim_write_cell(const shim_cell* cell, uintptr_t value);
+int shim_file_of(uintptr_t address, char* path, int size);
+int shim_serve_reads(const char* library);
+void shim_serve(const char* data, size_t size);
 """
 
 ffibuilder = FFI()

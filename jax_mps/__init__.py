@@ -6,17 +6,25 @@ zero-copy bridges `to_mlx` and `from_mlx`.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 from jax_mps.counters import stats
 
-try:
-    __version__ = metadata.version("jax-mps-mlx")
-except metadata.PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+checkout"
+__version__: str
 
 __all__ = ["__version__", "explain", "features", "from_mlx", "register_ffi_target", "stats", "to_mlx"]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, read from the installation's metadata when it is asked for (2 ms)."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version("jax-mps-mlx")
+    except metadata.PackageNotFoundError:  # a checkout that was never installed
+        return "0+checkout"
 
 
 def to_mlx(array: Any) -> Any:

@@ -2,6 +2,7 @@
 
 The wheel links netlib's reference BLAS (3-4 GFLOP/s). Nothing is preloaded and nothing enters the global symbol scope: the
 24 entries of libmlx's own import table are rewritten, once, after the library was checked. macOS (Accelerate) is left alone.
+It waits for the first function that calls it: loading OpenBLAS takes longer than running a small program.
 """
 
 import ctypes
@@ -12,12 +13,15 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Report", "install", "report"]
+from jax_mps._shim import ffi, lib
+
+__all__ = ["Report", "install", "is_called_by", "report"]
 
 _REAL = ("geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")
 SYMBOLS = (
@@ -26,13 +30,22 @@ SYMBOLS = (
     "cgeev_", "cgesdd_", "cheevd_",
 )  # fmt: skip
 
-# R_*_GLOB_DAT and R_*_JUMP_SLOT of the ELF supplements.
-_SLOT_RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}
+_LIBRARY = b"libmlx.so"
+_MOST = 256  # cells of the symbols above; libmlx has one for each
 _FAST = ("openblas", "mkl", "blis", "nvpl", "armpl", "accelerate")
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+# MLX's primitives that call BLAS or LAPACK, as a function file names them.
+_CALLERS = (
+    b"MM", b"Matmul", b"Convolution", b"Cholesky", b"Eig", b"Inverse", b"LUF", b"QRF", b"SVD",
+)  # fmt: skip
+
+# OpenBLAS's threads look for work for so many ticks (a power of two; 25 us) before they sleep. Its default is 2^26: a core is burnt for 25 ms after
+# every product, and once when the library is loaded. Asleep, they cost a product some 10 us.
+_TIMEOUT = "16"
+
+
+class Report(NamedTuple):
     """What `install` did: the library in use, the symbols that point to it, and the reason where there are none."""
 
     library: str | None
@@ -58,17 +71,25 @@ def report() -> Report:
     return _install() if _install.cache_info().currsize else Report(None, (), "not installed yet")
 
 
+def is_called_by(function: bytes) -> bool:
+    """Whether a function file may hold a primitive that calls BLAS or LAPACK."""
+    return any(name in function for name in _CALLERS)
+
+
 @functools.cache
 def _install() -> Report:
     try:
         if os.environ.get("JAX_MPS_BLAS", "1") == "0":
             raise _Refused("switched off by JAX_MPS_BLAS=0")
-        if sys.platform != "linux" or platform.machine() not in _SLOT_RELOCATIONS or sys.maxsize < 2**32:
+        if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64") or sys.maxsize < 2**32:
             raise _Refused(f"MLX brings its own BLAS on {sys.platform} {platform.machine()}")
-        slots = _slots(_loaded_mlx())
+        cells, found = _cells()
         library, prefix = _find_library()
-        _write(slots, {name: _address(library[prefix + name]) for name in slots})
-        return Report(library._name, tuple(sorted(slots)), None)
+        for cell in range(found):
+            failure = lib.shim_write_cell(ffi.addressof(cells, cell), _address(library[prefix + SYMBOLS[cells[cell].name]]))
+            if failure:
+                raise OSError(failure, "libmlx's import table cannot be written")
+        return Report(library._name, tuple(sorted({SYMBOLS[cells[cell].name] for cell in range(found)})), None)
     except (_Refused, OSError) as reason:
         return Report(None, (), str(reason))
 
@@ -81,12 +102,27 @@ def _find_library() -> tuple[ctypes.CDLL, str]:
     problems = []
     for path, prefix in _candidates():
         try:
-            library = ctypes.CDLL(path)
+            with _short_waits():
+                library = ctypes.CDLL(path)
             _check(library, prefix)
             return library, prefix
         except (_Refused, OSError, AttributeError) as problem:  # AttributeError: a name is missing
             problems.append(f"{os.path.basename(path)}: {problem}")
     raise _Refused("; ".join(problems) or "no OpenBLAS found")
+
+
+@contextmanager
+def _short_waits() -> Iterator[None]:
+    """OpenBLAS reads its environment when it is loaded; what the user has set stays."""
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = _TIMEOUT
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
@@ -148,146 +184,24 @@ def _address(function: "ctypes._NamedFuncPointer") -> int:
 # The import table of the loaded libmlx ------------------------------------------------------------------------------------
 
 
-class _Header(ctypes.Structure):  # Elf64_Phdr
-    _fields_ = [
-        ("type", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("offset", ctypes.c_uint64), ("vaddr", ctypes.c_uint64),
-        ("paddr", ctypes.c_uint64), ("filesz", ctypes.c_uint64), ("memsz", ctypes.c_uint64), ("align", ctypes.c_uint64),
-    ]  # fmt: skip
-
-
-class _Object(ctypes.Structure):  # dl_phdr_info, its first fields
-    _fields_ = [("base", ctypes.c_uint64), ("name", ctypes.c_char_p), ("headers", ctypes.POINTER(_Header)), ("count", ctypes.c_uint16)]
-
-
-_VISITOR = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Object), ctypes.c_size_t, ctypes.c_void_p)
-
-
-class _Dynamic(ctypes.Structure):  # Elf64_Dyn
-    _fields_ = [("tag", ctypes.c_int64), ("value", ctypes.c_uint64)]
-
-
-class _Relocation(ctypes.Structure):  # Elf64_Rela
-    _fields_ = [("offset", ctypes.c_uint64), ("type", ctypes.c_uint32), ("symbol", ctypes.c_uint32), ("addend", ctypes.c_int64)]
-
-
-class _Symbol(ctypes.Structure):  # Elf64_Sym
-    _fields_ = [
-        ("name", ctypes.c_uint32), ("info", ctypes.c_uint8), ("other", ctypes.c_uint8), ("section", ctypes.c_uint16),
-        ("value", ctypes.c_uint64), ("size", ctypes.c_uint64),
-    ]  # fmt: skip
-
-
-class _Place(ctypes.Structure):  # Dl_info
-    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("address", ctypes.c_void_p)]
-
-
-_PT_DYNAMIC, _PT_GNU_RELRO = 2, 0x6474E552
-_DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """A loaded library: where it lies, its dynamic section, and the address range the loader made read-only."""
-
-    base: int
-    dynamic: dict[int, int]
-    relro: range
-
-    def at(self, tag: int) -> int:
-        """The address in an entry; glibc has made it absolute, other loaders leave it relative."""
-        value = self.dynamic.get(tag, 0)
-        return value if value >= self.base else self.base + value
-
-
-def _loaded_mlx() -> _Image:
+def _cells() -> tuple[Any, int]:
+    """The cells that libmlx calls the symbols through, and how many they are. Refuses when MLX was linked to a fast BLAS already."""
     import mlx.core  # noqa: F401  (loads libmlx)
 
-    found: list[_Image] = []
-
-    def visit(pointer: "ctypes._Pointer[_Object]", _size: int, _data: int | None) -> int:
-        loaded = pointer.contents
-        if os.path.basename(loaded.name or b"") == b"libmlx.so":
-            found.append(_image(loaded))
-        return len(found)
-
-    ctypes.CDLL(None).dl_iterate_phdr(_VISITOR(visit), None)
-    if not found:
+    names = [ffi.new("char[]", name.encode()) for name in SYMBOLS]
+    cells = ffi.new("shim_cell[]", _MOST)
+    found = lib.shim_imports(_LIBRARY, ffi.new("char*[]", names), len(names), cells, _MOST)
+    if found < 0:
         raise _Refused("libmlx.so is not among the loaded libraries")
-    return found[0]
-
-
-def _image(loaded: _Object) -> _Image:
-    headers = {header.type: header for header in loaded.headers[: loaded.count]}
-    entry, dynamic = loaded.base + headers[_PT_DYNAMIC].vaddr, {}
-    while (item := _Dynamic.from_address(entry)).tag:
-        dynamic[item.tag] = item.value
-        entry += ctypes.sizeof(_Dynamic)
-    relro = headers.get(_PT_GNU_RELRO)
-    start = loaded.base + relro.vaddr if relro else 0
-    return _Image(loaded.base, dynamic, range(_page(start), _page(start + relro.memsz)) if relro else range(0))
-
-
-def _page(address: int) -> int:
-    return address & -os.sysconf("SC_PAGESIZE")
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """An eight-byte cell that libmlx calls a function through."""
-
-    address: int
-    read_only: bool
-
-
-def _slots(image: _Image) -> dict[str, list[_Slot]]:
-    """The cells of each BLAS symbol. Refuses when MLX was linked to a fast BLAS already."""
-    slots: dict[str, list[_Slot]] = {}
-    for relocation in _relocations(image):
-        name = _symbol_name(image, relocation.symbol)
-        if name in SYMBOLS:
-            address = image.base + relocation.offset
-            slots.setdefault(name, []).append(_Slot(address, address in image.relro))
-    if not slots:
+    if found == 0:
         raise _Refused("libmlx.so imports no BLAS")
-    present = _file_of(ctypes.c_uint64.from_address(next(iter(slots.values()))[0].address).value)
+    present = _file_of(ctypes.c_uint64.from_address(cells[0].address).value)
     if any(word in present.lower() for word in _FAST):
         raise _Refused(f"MLX already uses {present}")
-    return slots
-
-
-def _relocations(image: _Image) -> Iterator[_Relocation]:
-    wanted = _SLOT_RELOCATIONS[platform.machine()]
-    for table, size in ((_DT_JMPREL, _DT_PLTRELSZ), (_DT_RELA, _DT_RELASZ)):
-        count = image.dynamic.get(size, 0) // ctypes.sizeof(_Relocation)
-        entries = (_Relocation * count).from_address(image.at(table)) if count else ()
-        yield from (entry for entry in entries if entry.type in wanted)
-
-
-def _symbol_name(image: _Image, index: int) -> str:
-    symbol = _Symbol.from_address(image.at(_DT_SYMTAB) + index * ctypes.sizeof(_Symbol))
-    return ctypes.string_at(image.at(_DT_STRTAB) + symbol.name).decode()
+    return cells, found
 
 
 def _file_of(address: int) -> str:
-    place = _Place()
-    ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(place))
-    return os.path.realpath(os.fsdecode(place.file or b""))
-
-
-def _write(slots: dict[str, list[_Slot]], addresses: dict[str, int]) -> None:
-    """Store the new addresses; pages the loader made read-only after relocation are opened for the store only."""
-    for name, cells in slots.items():
-        for cell in cells:
-            if cell.read_only:
-                _protect(cell.address, writable=True)
-            ctypes.c_uint64.from_address(cell.address).value = addresses[name]  # aligned: other threads see old or new
-            if cell.read_only:
-                _protect(cell.address, writable=False)
-
-
-def _protect(address: int, *, writable: bool) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    read, write = 1, 2
-    size = ctypes.c_size_t(os.sysconf("SC_PAGESIZE"))
-    if libc.mprotect(ctypes.c_void_p(_page(address)), size, read | write if writable else read):
-        raise OSError(ctypes.get_errno(), "mprotect refused to open libmlx's import table")
+    """The library that a function lies in."""
+    path = ffi.new("char[]", 4096)
+    return os.path.realpath(os.fsdecode(ffi.string(path))) if lib.shim_file_of(address, path, len(path)) == 0 else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,8 +183,29 @@ def _cpu_beside(client: Any) -> None:
     from jax._src import xla_bridge
 
     if jax_config().jax_platforms == PLATFORM and "cpu" not in xla_bridge._backends:
-        cpu = xla_bridge._init_backend("cpu")
-        xla_bridge._backends.update({PLATFORM: client, "cpu": cpu})
+        if not callable(xla_bridge._init_backend):
+            raise _Missing("jax._src.xla_bridge._init_backend is no function")
+        xla_bridge._backends = _Backends({PLATFORM: client})
+
+
+class _Backends(dict[str, Any]):
+    """JAX's backends by platform; `cpu` is made when it is first asked for, which takes 5 ms and few programs do."""
+
+    def get(self, platform: str, default: Any = None) -> Any:
+        return self[platform] if platform == "cpu" else super().get(platform, default)
+
+    def __missing__(self, platform: str) -> Any:
+        if platform != "cpu":
+            raise KeyError(platform)
+        from jax._src import xla_bridge
+
+        with _making_cpu:
+            if not super().__contains__(platform):
+                self[platform] = xla_bridge._init_backend(platform)
+        return super().__getitem__(platform)
+
+
+_making_cpu = threading.Lock()
 
 
 @_feature("donation", _after)
@@ -244,7 +266,7 @@ _HALF = frozenset(["bfloat16", "float16"])
 
 @_feature("rules of cpu", _after)
 def _rules_of_cpu() -> None:
-    """A primitive that has a rule for cpu and no generic one (sparse solvers, a user's own) takes cpu's: what it calls runs on the host."""
+    """A primitive that has a rule for cpu and no generic one (checkify's check, sparse solvers, a user's own) takes cpu's."""
     from jax._src.interpreters import mlir
 
     rules, known = mlir._platform_specific_lowerings, mlir._lowerings
@@ -371,14 +393,6 @@ def _debug_callbacks() -> None:
 
     _copy_cpu_rule(debugging.debug_callback_p)
     _copy_cpu_rule(debugging.debug_print_p)
-
-
-@_feature("checkify", _after)
-def _checkify() -> None:
-    """`checkify.check` outside of `checkify` raises through a callback."""
-    from jax._src import checkify
-
-    _copy_cpu_rule(checkify.check_p)
 
 
 @_feature("approx_top_k", _after)

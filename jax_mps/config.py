@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jax_mps.errors import InvalidOption
 
@@ -16,8 +16,7 @@ _CHOICES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What the user chose.
 
     device: MLX's device, `auto` for its default. host: `error` refuses what MLX cannot run. compile: `1` for `mx.compile` from the second

@@ -7,19 +7,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from jax_mps import compat, runtime
+from jax_mps import blas, compat, runtime
 from jax_mps._shim import lib
 from jax_mps.ops.dtypes import MX
 from jax_mps.pjrt import buffer
 from jax_mps.plan.segments import host_array
 from jax_mps.plan.show import describe
-from jax_mps.plan.types import numpy_dtype
+from jax_mps.plan.tensors import numpy_dtype
 
 _NAMES = {dtype: name for name, dtype in MX.items() if name != "token"}
 
 
 def to_mlx(array: Any) -> Any:
     """See `jax_mps.to_mlx`."""
+    blas.install()  # what MLX is asked for from here on is not ours to see
     if array.size == 0:  # no memory to find it by
         return mx.zeros(array.shape, MX[array.dtype.name])
     found: list[Any] = []

@@ -13,12 +13,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from jax_mps import allocator, blas
+from jax_mps import allocator
 from jax_mps._shim import lib
 from jax_mps.cache import paths
 from jax_mps.config import settings
@@ -29,8 +28,7 @@ log = logging.getLogger(__name__)
 MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # its stub forgets it
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """MLX's device and the streams that all our work runs on.
 
     beside: on a GPU, our CPU stream, where an imported function reads its constants (on a thread's own one, no other thread could use them).
@@ -51,7 +49,6 @@ def device() -> Device:
     """The process's device, made at first use."""
     chosen = settings().device
     mlx = mx.default_device() if chosen == "auto" else mx.Device(mx.cpu if chosen == "cpu" else mx.gpu)
-    blas.install()  # MLX's CPU engine comes with a reference BLAS on Linux; linear algebra runs there whatever the device
     kind = "cpu" if mlx.type == mx.cpu else ("metal" if mx.metal.is_available() else "cuda")
     architecture = _architecture(mlx, kind)
     # MLX reads these once, at its first product and its first compilation. On CUDA, JAX's default precision means TF32; elsewhere float32.

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.device
 X = np.arange(1, 5, dtype=np.float32)
 RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
-    "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "checkify", "approx_top_k", "ffi targets",
+    "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "approx_top_k", "ffi targets",
     "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
 }  # fmt: skip
 

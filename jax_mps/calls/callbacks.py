@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jax_mps.errors import FAILED_PRECONDITION, INTERNAL, JaxMpsError
-from jax_mps.plan.types import TensorType, numpy_dtype
+from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 TARGET = "mps_python_callback"
 

@@ -12,7 +12,7 @@ from jax_mps import runtime
 from jax_mps.errors import InvalidProgram
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.types import DTYPES
-from jax_mps.plan.types import DEVICE_DTYPES, numpy_dtype
+from jax_mps.plan.tensors import DEVICE_DTYPES, numpy_dtype
 
 # Arrays that `from_mlx` hands over by the address of a stand-in (JAX.md, 2a).
 _adopted: dict[int, Any] = {}

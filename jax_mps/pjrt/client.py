@@ -24,7 +24,7 @@ from jax_mps.pjrt import options as compile_options
 from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
 from jax_mps.plan.segments import Device
-from jax_mps.plan.types import TensorType, numpy_dtype
+from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class EntryFiles:
 
     def function(self, name: str) -> Callable[..., Any]:
         with self.entry.path(name) as path:
-            return import_function(path)
+            return import_function(path, self.entry.read(name))
 
     def artifact(self, name: str) -> bytes:
         return self.entry.read(name)

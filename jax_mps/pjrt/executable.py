@@ -15,7 +15,7 @@ from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Callback, Device, Segment, compiled, wants_compile
 from jax_mps.plan.show import announce_host
-from jax_mps.plan.types import DEVICE_DTYPES, TensorType
+from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ def read_scalar(value: Any) -> int:
 _EVALUATE_OPS = 192
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Loop(Segment):
     """A `while`: the carry first, then what condition and body capture.
 
@@ -145,7 +145,7 @@ def ops_of(block: Block) -> int:
     return sum(s.ops for s in block.walk() if isinstance(s, Device))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Branch(Segment):
     """A `case` or `if`: reads the index (or predicate: true is arm 0) and runs one arm. Out of range means the last arm."""
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from jax_mps import runtime
+from jax_mps import blas, runtime
 from jax_mps.ops.dtypes import MX, mx_array
 from jax_mps.ops.registry import LoweredStep, lower_steps
 from jax_mps.plan.fanout import in_blocks
@@ -113,6 +113,7 @@ def interpreted(segment: Traceable) -> Callable[..., list[mx.array]]:
     """The segment as a function that builds its graph op by op at each call: slow, for a process whose first MLX stream is not ours,
     where an imported function would bind to that stream."""
     stream = runtime.device().stream
+    blas.install()
 
     def call(*arrays: mx.array) -> list[mx.array]:
         with mx.stream(stream):

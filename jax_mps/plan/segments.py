@@ -19,7 +19,7 @@ from jax_mps._shim import lib
 from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
-from jax_mps.plan.types import TensorType, numpy_dtype
+from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def host_array(value: mx.array) -> np.ndarray[Any, Any]:
 # ---- blocks ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Node:
     """A segment and its slots in the block's table of values; `last` are the slots that nobody reads after it."""
 
@@ -110,7 +110,7 @@ class Node:
     last: tuple[int, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Block:
     """Nodes in order over a table of values: inputs first, then what nodes write."""
 
@@ -206,7 +206,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Device(Segment):
     """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
 
@@ -264,7 +264,7 @@ class Device(Segment):
 # ---- host ------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Host(Segment):
     """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device."""
 
@@ -294,7 +294,7 @@ class Host(Segment):
         return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), files)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Callback(Segment):
     """A custom call that runs a user's Python (calls/callbacks.py) on NumPy arrays."""
 
@@ -337,7 +337,9 @@ def segment_from_manifest(manifest: Manifest, files: Files) -> Segment:
     Raises:
         KeyError, ValueError, TypeError: the manifest is not one of ours (the caller takes it as a miss).
     """
-    from jax_mps.plan.control import Branch, Loop  # which are made of blocks
+    kinds: Mapping[str, Any] = {"device": Device, "host": Host, "callback": Callback}
+    if manifest["kind"] not in kinds:
+        from jax_mps.plan.control import Branch, Loop  # which are made of blocks, and which few programs have
 
-    kinds: Mapping[str, Any] = {"device": Device, "host": Host, "callback": Callback, "loop": Loop, "branch": Branch}
+        kinds = {"loop": Loop, "branch": Branch}
     return kinds[manifest["kind"]].from_manifest(manifest, files)  # type: ignore[no-any-return]

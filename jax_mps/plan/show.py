@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Iterator
 
-from jax_mps.plan.control import Branch, Loop
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Block, Callback, Device, Host, Segment
 
@@ -43,6 +42,8 @@ def _block(block: Block, indent: str) -> Iterator[str]:
 
 
 def _segment(segment: Segment, indent: str) -> Iterator[str]:
+    from jax_mps.plan.control import Branch, Loop
+
     match segment:
         case Device():
             yield f"{indent}device: {segment.ops} ops"

@@ -122,5 +122,5 @@ def test_importing_the_cache_brings_neither_jax_nor_mlx() -> None:
 
 
 def test_keys_are_values() -> None:
-    """Equal, hashable and frozen."""
+    """Equal and hashable."""
     assert Key((("a", "1"),)) in {key(("a", "1"))}

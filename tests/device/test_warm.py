@@ -109,7 +109,7 @@ def test_what_does_not_change_the_result_is_a_hit(tmp_path: Path) -> None:
 
 
 # Programs beside MLP, and the part of the key that differs.
-_DEVICE = "import dataclasses, jax_mps.runtime as r; d = dataclasses.replace(r.device(), architecture='other'); r.device = lambda: d\n"
+_DEVICE = "import jax_mps.runtime as r; d = r.device()._replace(architecture='other'); r.device = lambda: d\n"
 _FORMAT = "import jax_mps.pjrt.client as c, jax_mps.plan.program as p; c.FORMAT = p.FORMAT = 1_000\n"
 OTHERS = {
     "an op": (MLP.replace("tanh", "sin"), {}, "module"),
