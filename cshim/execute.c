@@ -113,6 +113,8 @@ static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
 /* The results of a direct executable. */
 static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results) {
   *results = NULL;
+  if (executable->prepare_again && executable->runs > 0 && laziness.evaluate_now)
+    error_release(evaluate_lazy(false)); /* a function is compiled with constants that the runs before made real */
   lock_with_gil();
   PJRT_Error* error = NULL;
   if (!executable->callable || executable->prepare_again) error = prepare(executable);

@@ -11,7 +11,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_COLOURS = {"device": "#d5e8d4", "host": "#f8cecc", "callback": "#ffe6cc", "loop": "#dae8fc", "branch": "#e1d5e7"}
+_COLOURS = {"device": "#d5e8d4", "host": "#f8cecc", "callback": "#ffe6cc", "loop": "#dae8fc", "scan": "#dae8fc", "branch": "#e1d5e7"}
 
 
 class NoGraphviz(Exception):
@@ -90,7 +90,8 @@ def _edges(to: str, slots: Sequence[int], makers: dict[int, str], start: str, ty
 def _blocks(segment: Json) -> list[tuple[str, Json]]:
     if segment["kind"] == "branch":
         return [(f"arm {number}", arm) for number, arm in enumerate(segment["arms"])]
-    return [(title, segment[title]) for title in ("cond", "body") if segment.get(title)]
+    titles = ("cond", "body") if segment.get("body") else ("chunk",)  # a scan may have only one of the two
+    return [(title, segment[title]) for title in titles if segment.get(title)]
 
 
 def _label(segment: Json) -> str:
@@ -103,6 +104,8 @@ def _label(segment: Json) -> str:
             return f"callback into Python\n{segment['target']}"
         case "loop":
             return f"loop, {'counted' if segment['counter'] else 'until its condition fails'}\n{segment['carry']} values carried"
+        case "scan":
+            return f"loop, {segment['trips']} times\n{len(segment['kept'])} values carried"
         case kind:
             return str(kind)
 

@@ -12,8 +12,11 @@ import numpy as np
 from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
+from jax_mps.ops.dtypes import MX
 from jax_mps.plan.loops import Counter
-from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment
+from jax_mps.plan.scans import Row
+from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
+from jax_mps.plan.types import TensorType
 
 
 def read_scalar(value: Any) -> int:
@@ -29,8 +32,9 @@ def read_scalar(value: Any) -> int:
     return int(np.asarray(value).item())
 
 
-# Iterations of a loop between evaluations of its carry: enough to hide the wait, few enough to bound the graph.
-_EVALUATE_OPS = 192
+# Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
+# one evaluation works on, and what is put together meanwhile.
+_EVALUATE_OPS = 640
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -81,16 +85,15 @@ class Loop(Segment):
         carry = list(values)
         values.clear()  # nobody else may hold a carry: its memory is the next one's
         seen = lib.shim_interrupts()
-        if self.chunk is not None:
-            while trips >= self.chunk_length:
-                carry = self.chunk.run(carry + captures)
-                trips -= self.chunk_length
+        pending = 0
+        while trips:
+            block, length = (self.chunk, self.chunk_length) if self.chunk is not None and trips >= self.chunk_length else (self.body, 1)
+            carry = block.run(carry + captures)
+            trips -= length
+            pending += ops_of(block)
+            if pending >= _EVALUATE_OPS:
                 settle(carry, seen)
-        every = max(1, _EVALUATE_OPS // max(1, ops_of(self.body)))
-        for trip in range(trips):
-            carry = self.body.run(carry + captures)
-            if trip % every == every - 1:
-                settle(carry, seen)
+                pending = 0
         return carry
 
     def tested(self, values: list[Any], captures: list[Any]) -> list[Any]:
@@ -131,6 +134,158 @@ class Loop(Segment):
         return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
 
 
+# Rows of fewer bytes than this wait to be written together; so many at most.
+_SMALL_ROW = 1 << 16
+_MAX_WAITING = 512
+# Slices of a source that are made at once.
+_WINDOW = 64
+
+
+class _Stack:
+    """A carry that each iteration writes one row of, which the body returned instead."""
+
+    __slots__ = ("kind", "row", "rows", "taken", "target", "trip")
+
+    def __init__(self, target: Any, row: Row, kind: TensorType) -> None:
+        self.target, self.row, self.kind = target, row, kind
+        self.rows: list[Any] = []
+        self.trip = 0  # of the first row that waits
+        self.taken = False  # whether the target is ours alone
+
+    def add(self, rows: Sequence[Any]) -> None:
+        self.rows += rows
+        one = self.kind.nbytes // self.kind.shape[self.row.axis]
+        if one >= _SMALL_ROW or len(self.rows) >= _MAX_WAITING:
+            self.write(together=one < _SMALL_ROW)
+
+    def write(self, together: bool = True) -> None:
+        """Put the rows that wait into the array: in place, once only we hold it."""
+        if not self.rows:
+            return
+        with runtime.locked():
+            rows = [to_device(r, self.kind.dtype) for r in self.rows]
+            self.rows = []
+            for piece in [self._joined(rows)] if together else rows:
+                self._write(piece)
+
+    def _joined(self, rows: list[mx.array]) -> mx.array:
+        return mx.concatenate(rows if self.row.sign > 0 else rows[::-1], axis=self.row.axis) if len(rows) > 1 else rows[0]
+
+    def _write(self, piece: mx.array) -> None:
+        axis, count = self.row.axis, piece.shape[self.row.axis]
+        begin, end = self.row.range(self.trip, count)
+        self.trip += count
+        if count == self.kind.shape[axis]:
+            self.target = piece
+            return
+        if not self.taken:
+            self.target, self.taken = to_device(self.target, self.kind.dtype)[...], True  # an array object of our own: it is written below
+        self.target[(slice(None),) * axis + (slice(begin, end),)] = piece
+
+
+@dataclass(slots=True)
+class Scan(Segment):
+    """A loop whose counter is known (plan/scans.py). It reads the carries that its body keeps, those that it stacks rows in, the arrays that it
+    takes rows of, and captures; it writes all carries of the `while`.
+    """
+
+    kept: tuple[int, ...]
+    stacked: tuple[int, ...]
+    types: tuple[TensorType, ...]  # of what it reads, captures left out
+    counter: int
+    kind: str  # the counter's type
+    start: int
+    step: int
+    trips: int
+    uses_counter: bool
+    sources: tuple[Row, ...]
+    stacks: tuple[Row, ...]
+    body: Block | None
+    chunk: Block | None
+    chunk_length: int
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        kept, sources = len(self.kept), len(self.kept) + len(self.stacks)
+        carry, captures = values[:kept], values[sources + len(self.sources) :]
+        stacks = [_Stack(v, row, kind) for v, row, kind in zip(values[kept:sources], self.stacks, self.types[kept:sources], strict=True)]
+        read = values[sources : sources + len(self.sources)]
+        values.clear()  # nobody else may hold a carry: its memory is the next one's
+        lib.shim_watch_interrupts(1)
+        try:
+            done = 0
+            if self.chunk is not None:
+                done = self.trips - self.trips % self.chunk_length
+                carry = self._drive(self.chunk, self.chunk_length, range(0, done, self.chunk_length), carry, stacks, read, captures)
+            if self.body is not None:
+                carry = self._drive(self.body, 1, range(done, self.trips), carry, stacks, read, captures)
+        finally:
+            lib.shim_watch_interrupts(0)
+        for stack in stacks:
+            stack.write()
+        results = dict(zip(self.kept, carry, strict=True)) | dict(zip(self.stacked, (s.target for s in stacks), strict=True))
+        results[self.counter] = mx.array(self.start + self.trips * self.step, MX[self.kind])
+        return [results[i] for i in range(len(results))]
+
+    def _drive(
+        self, block: Block, length: int, trips: range, carry: list[Any], stacks: list[_Stack], read: list[Any], captures: list[Any]
+    ) -> list[Any]:
+        """Run a block of `length` iterations for each of `trips`, from `carry` to the next."""
+        seen = lib.shim_interrupts()
+        kept, pending = len(carry), 0
+        rows: list[list[mx.array]] = [[] for _ in read]
+        for number, trip in enumerate(trips):
+            if number % _WINDOW == 0 and read:
+                rows = self._rows(read, trip, length, min(_WINDOW, len(trips) - number))
+            counter = mx.array(self.start + trip * self.step, MX[self.kind]) if self.uses_counter else None
+            inputs = [*carry, *(r.pop() for r in rows), counter, *captures]
+            carry = []  # the inputs have one owner, who drops them
+            results = block.run(inputs)
+            carry = results[:kept]
+            for i, stack in enumerate(stacks):
+                stack.add(results[kept + i * length : kept + (i + 1) * length])
+            del results
+            pending += ops_of(block)
+            if pending >= _EVALUATE_OPS:
+                settle([*carry, *(v for s in stacks for v in ([s.target, *s.rows] if s.taken else s.rows))], seen)
+                pending = 0
+        return carry
+
+    def _rows(self, read: list[Any], trip: int, length: int, count: int) -> list[list[mx.array]]:
+        """Rows for the next `count` runs of `length` iterations, the last first."""
+        found = []
+        with runtime.locked():
+            for value, row, kind in zip(read, self.sources, self.types[len(self.types) - len(read) :], strict=True):
+                begin, end = row.range(trip, length * count)
+                window = to_device(value, kind.dtype)[(slice(None),) * row.axis + (slice(begin, end),)]
+                pieces = mx.split(window, count, axis=row.axis) if count > 1 else [window]
+                found.append(list(reversed(pieces)) if row.sign > 0 else list(pieces))
+        return found
+
+    def walk(self) -> Sequence[Segment]:
+        return [self, *(s for b in (self.body, self.chunk) if b is not None for s in b.walk())]
+
+    def bind(self, markers: Mapping[str, str]) -> Scan:
+        body, chunk = (b and b.bind(markers) for b in (self.body, self.chunk))
+        return replace(self, body=body, chunk=chunk)
+
+    def to_manifest(self) -> Manifest:
+        blocks = {n: b and b.to_manifest() for n, b in (("body", self.body), ("chunk", self.chunk))}
+        rows = {n: [[r.axis, r.first, r.sign] for r in found] for n, found in (("sources", self.sources), ("stacks", self.stacks))}
+        numbers = {n: getattr(self, n) for n in ("counter", "start", "step", "trips", "uses_counter", "chunk_length")}
+        carries = {"kept": list(self.kept), "stacked": list(self.stacked), "types": [type_to_json(t) for t in self.types], "type": self.kind}
+        return {"kind": "scan", **blocks, **rows, **numbers, **carries}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Scan:
+        body, chunk = (manifest[n] and Block.from_manifest(manifest[n], files) for n in ("body", "chunk"))
+        sources, stacks = (tuple(Row(*map(int, r)) for r in manifest[n]) for n in ("sources", "stacks"))
+        counter, start, step, trips, length = (int(manifest[n]) for n in ("counter", "start", "step", "trips", "chunk_length"))
+        kept, stacked = (tuple(int(i) for i in manifest[n]) for n in ("kept", "stacked"))
+        types = tuple(type_from_json(t) for t in manifest["types"])
+        uses = bool(manifest["uses_counter"])
+        return cls(kept, stacked, types, counter, str(manifest["type"]), start, step, trips, uses, sources, stacks, body, chunk, length)
+
+
 def settle(values: Sequence[Any], interrupts: int) -> None:
     """Start evaluating a whole carry (never just its predicate: the rest would grow for the whole loop), and notice Ctrl-C."""
     if lib.shim_interrupts() != interrupts or lib.shim_stopping():
@@ -141,8 +296,8 @@ def settle(values: Sequence[Any], interrupts: int) -> None:
 
 
 def ops_of(block: Block) -> int:
-    """Device ops in a block, nested segments included."""
-    return sum(s.ops for s in block.walk() if isinstance(s, Device))
+    """How many arrays a run of the block makes, about; loops inside settle their own."""
+    return 1 + sum(n.segment.width for n in block.nodes if isinstance(n.segment, Device))
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from jax_mps.errors import Unsupported
-from jax_mps.plan import loops
+from jax_mps.plan import loops, scans
 from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Target:
 class Draft:
     """A node: what kind of segment, its steps, the values it reads and those it gives to others."""
 
-    kind: str  # "device", "host", "callback", "loop", "branch"
+    kind: str  # "device", "host", "callback", "loop", "scan", "branch"
     steps: list[Step]
     reads: tuple[Value, ...] = ()
     writes: tuple[Value, ...] = ()
@@ -51,6 +51,7 @@ class Draft:
     counter: loops.Counter | None = None
     arms: tuple[DraftBlock, ...] = ()
     carry: int = 0
+    scan: scans.Scan | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +70,7 @@ class DraftBlock:
     def walk(self) -> Iterable[Draft]:
         for node in self.nodes:
             yield node
-            for block in (node.cond, node.body, *node.arms):
+            for block in (node.cond, node.body, node.chunk if node.scan and not node.body else None, *node.arms):
                 if block is not None:
                     yield from block.walk()
 
@@ -242,9 +243,13 @@ class _Cutter:
     # ---- control flow ------------------------------------------------------------------------------------------------------------
 
     def loop(self, step: Step) -> Draft:
+        constants = {v: s.value for v, s in self.constant_steps.items()}
+        scan = scans.find_scan(step, constants, live_steps)
+        if scan is not None:
+            return self.scan(step, scan)
         cond, body = step.regions
         captures = self.captures(cond, body)
-        counter = loops.find_counter(cond, body, {v: s.value for v, s in self.constant_steps.items()})
+        counter = loops.find_counter(cond, body, constants)
         draft = Draft("loop", [], writes=step.results, carry=len(step.operands), counter=counter)
         draft.reads = step.operands + captures
         draft.body = self.inner().block(body, captures)
@@ -259,6 +264,21 @@ class _Cutter:
                 chunk = self.inner().block(loops.repeated(body, length), captures)
                 if chunk.device_only:
                     draft.chunk, draft.chunk_length = chunk, length
+        return draft
+
+    def scan(self, step: Step, scan: scans.Scan) -> Draft:
+        """Its reads: carries that are kept, carries that are stacked, sources of rows, captures."""
+        captures = self.captures(scan.body)
+        carried = tuple(step.operands[i] for i in (*scan.kept, *(i for i, _ in scan.stacks)))
+        reads = carried + tuple(v for v, _ in scan.sources) + captures
+        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan)
+        length = scan.chunk_length()
+        if length > 1:
+            chunk = self.inner().block(scan.repeated(length), captures)
+            if chunk.device_only:
+                draft.chunk, draft.chunk_length = chunk, length
+        if draft.chunk is None or scan.trips % length:
+            draft.body = self.inner().block(scan.repeated(1), captures)
         return draft
 
     def branch(self, step: Step) -> Draft:

@@ -243,11 +243,17 @@ class Device(Segment):
                 lib.shim_unlock()
         with runtime.locked():
             function, leading = self.load()
-            if self._compiled is None and wants_compile(self._runs, self.ops):
-                self._compiled = compiled(function)
             self._runs += 1
-            function = self._compiled or function
-            return function(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])  # type: ignore[no-any-return]
+            results = (self._compiled or function)(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])
+            if self._compiled is None and wants_compile(self._runs, self.ops):
+                mx.async_eval(results)  # its constants are real then
+                self._compiled = compiled(function)
+            return results  # type: ignore[no-any-return]
+
+    @property
+    def width(self) -> int:
+        """How many arrays a run makes, about: a fused kernel is several ops."""
+        return self.ops if self._compiled is None else 1 + self.ops // 4
 
     def to_manifest(self) -> Manifest:
         constants = [[digest, *type_to_json(kind)] for digest, kind in self.constants]
@@ -339,7 +345,7 @@ def segment_from_manifest(manifest: Manifest, files: Files) -> Segment:
     """
     kinds: Mapping[str, Any] = {"device": Device, "host": Host, "callback": Callback}
     if manifest["kind"] not in kinds:
-        from jax_mps.plan.control import Branch, Loop  # which are made of blocks, and which few programs have
+        from jax_mps.plan.control import Branch, Loop, Scan  # which are made of blocks, and which few programs have
 
-        kinds = {"loop": Loop, "branch": Branch}
+        kinds = {"loop": Loop, "scan": Scan, "branch": Branch}
     return kinds[manifest["kind"]].from_manifest(manifest, files)  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ def _block(block: Block, indent: str) -> Iterator[str]:
 
 
 def _segment(segment: Segment, indent: str) -> Iterator[str]:
-    from jax_mps.plan.control import Branch, Loop
+    from jax_mps.plan.control import Branch, Loop, Scan
 
     match segment:
         case Device():
@@ -59,6 +59,13 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             if segment.chunk:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             yield from _block(segment.body, indent + "  ")
+        case Scan():
+            taken = f"rows of {len(segment.sources)} arrays taken, of {len(segment.stacks)} stacked"
+            yield f"{indent}loop, {segment.trips} times, {len(segment.kept)} values carried, {taken}"
+            if segment.chunk:
+                yield f"{indent}  {segment.chunk_length} iterations at a time"
+            for block in [b for b in (segment.body, segment.chunk) if b is not None][:1]:
+                yield from _block(block, indent + "  ")
         case Branch():
             yield f"{indent}branch of {len(segment.arms)}"
             for number, arm in enumerate(segment.arms):

@@ -108,6 +108,8 @@ class _Assembler:
                 return self.callback(draft)
             case "loop":
                 return self.loop(draft)
+            case "scan":
+                return self.scan(draft)
             case _:
                 return self.branch(draft)
 
@@ -153,6 +155,27 @@ class _Assembler:
             counter=counter,
             bound_capture=position,
             kind=draft.writes[counter.position].dtype if counter else "int32",
+        )
+
+    def scan(self, draft: Draft) -> control.Scan:
+        scan = draft.scan
+        assert scan is not None
+        sources, stacks = tuple(row for _, row in scan.sources), tuple(row for _, row in scan.stacks)
+        return control.Scan(
+            kept=scan.kept,
+            stacked=tuple(position for position, _ in scan.stacks),
+            types=tuple(v.type for v in draft.reads[: draft.carry + len(stacks) + len(sources)]),
+            counter=scan.counter,
+            kind=draft.writes[scan.counter].dtype,
+            start=scan.start,
+            step=scan.step,
+            trips=scan.trips,
+            uses_counter=scan.uses_counter,
+            sources=sources,
+            stacks=stacks,
+            body=self.block(draft.body) if draft.body else None,
+            chunk=self.block(draft.chunk) if draft.chunk else None,
+            chunk_length=draft.chunk_length,
         )
 
     def branch(self, draft: Draft) -> control.Branch:
