@@ -6,7 +6,7 @@ import importlib
 
 FAMILIES = (
     "elementwise", "bits", "complex", "shapes", "slices", "gather", "scatter", "reduce", "window",
-    "dot", "convolution", "sort", "topk", "fft", "random", "control_flow", "collectives", "special", "copies",
+    "dot", "convolution", "sort", "topk", "fft", "random", "control_flow", "collectives", "special", "copies", "fused",
 )  # fmt: skip
 
 

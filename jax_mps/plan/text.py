@@ -95,6 +95,10 @@ class _Printer:
             raise ValueError(f"{missing.args[0]!r} is read but neither an input nor computed before") from None
 
     def step(self, step: Step) -> None:
+        if "original" in step.attributes:  # a rewrite made one step of these
+            for part in step.original:
+                self.step(part)
+            return
         attributes = _attributes(step)
         operands = self.uses(step.operands)
         if is_identity_call(step):

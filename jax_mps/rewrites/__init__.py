@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import constants, table
-from jax_mps.rewrites.table import Rewrite
+from jax_mps.rewrites import constants, softmax, table
+from jax_mps.rewrites.table import Rewrite, Table
 
-TABLE: tuple[Rewrite, ...] = (
-    Rewrite("index arithmetic", constants.fold_index_arithmetic, "first: the others look for constants"),
-    Rewrite("shift in range", constants.shift_in_range, "once amounts are folded"),
-    Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, "last: its starts are folded by then"),
+
+def _at(*names: str) -> frozenset[str]:
+    return frozenset(f"stablehlo.{name}" for name in names)
+
+
+_EXP = "stablehlo.exponential"
+
+# One table after the other; within a table, every step sees its rows in order.
+TABLES: tuple[Table, ...] = (
+    (
+        Rewrite("index arithmetic", constants.fold_index_arithmetic, constants.ARITHMETIC, "first: the others look for constants"),
+        Rewrite("converted constant", constants.fold_conversion, _at("convert"), "as above"),
+        Rewrite("shift in range", constants.shift_in_range, constants.SHIFTS, "once amounts are folded"),
+        Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, _at("dynamic_slice"), "its starts are folded by then"),
+    ),
+    (
+        Rewrite("gradient of softmax", softmax.softmax_gradient, _at("multiply"), "gradients read the parts of what comes next", _EXP),
+        Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
+    ),
+    (
+        Rewrite("softmax", softmax.softmax, _at("divide"), "nothing else reads its parts by now", _EXP),
+        Rewrite("log_softmax", softmax.log_softmax, _at("subtract"), "as above", _EXP),
+        Rewrite("logsumexp", softmax.logsumexp, _at("add"), "as above", _EXP),
+    ),
+    (Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),),
 )
 
 
 def rewrite(plan: Plan) -> Plan:
     """The plan in its best form."""
-    return table.apply(plan, TABLE)
+    for rows in TABLES:
+        plan = table.apply(plan, rows)
+    return plan

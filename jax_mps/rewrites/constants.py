@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from jax_mps.plan.types import Step, numpy_dtype
-from jax_mps.rewrites.table import Producers, constant_of
+from jax_mps.rewrites.table import Scope
 
-_SHIFTS = frozenset(["stablehlo.shift_left", "stablehlo.shift_right_logical", "stablehlo.shift_right_arithmetic"])
+SHIFTS = frozenset(["stablehlo.shift_left", "stablehlo.shift_right_logical", "stablehlo.shift_right_arithmetic"])
 
 
-def shift_in_range(step: Step, producers: Producers) -> Step | None:
+def shift_in_range(step: Step, scope: Scope) -> Step | None:
     """A shift by constants below the width: one MLX op; MLX leaves the others undefined, so they cost three."""
-    if step.name not in _SHIFTS or not step.operand.is_integer:
+    if not step.operand.is_integer:
         return None
-    amount = constant_of(step.operands[1], producers)
+    amount = scope.constant(step.operands[1])
     bits = 8 * numpy_dtype(step.operand.dtype).itemsize
     if amount is None or not np.all((amount.astype(np.int64) >= 0) & (amount.astype(np.int64) < bits)):
         return None
@@ -31,21 +31,27 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "stablehlo.minimum": np.minimum, "stablehlo.maximum": np.maximum, "stablehlo.select": np.where,
     "stablehlo.convert": lambda x: x, "stablehlo.reshape": lambda x: x,
 }  # fmt: skip
+ARITHMETIC = frozenset([*_FOLDED, "stablehlo.compare"])
 
 
-def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
+def fold_conversion(step: Step, scope: Scope) -> Step | None:
+    """A scalar constant converted to a float type (JAX writes `where(mask, x, 0)` with an integer)."""
+    known = scope.constant(step.operands[0]) if step.result.rank == 0 and step.result.is_floating else None
+    if known is None or step.operand.is_complex:
+        return None
+    value = known.astype(numpy_dtype(step.result.dtype)).reshape(())
+    return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
+
+
+def fold_index_arithmetic(step: Step, scope: Scope) -> Step | None:
     """Integer scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices."""
     values = (*step.operands, *step.results)
     if not step.operands or not step.results or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in values):
         return None
-    function: Callable[..., Any]
-    if step.name == "stablehlo.compare":
-        function = _COMPARISONS[step.comparison_direction]
-    elif (step.name in _FOLDED and step.operand.dtype != "bool") or step.name == "stablehlo.select":
-        function = _FOLDED[step.name]
-    else:
+    if step.operand.dtype == "bool" and step.name not in ("stablehlo.select", "stablehlo.compare"):
         return None
-    known = [constant_of(v, producers) for v in step.operands]
+    function: Callable[..., Any] = _COMPARISONS[step.comparison_direction] if step.name == "stablehlo.compare" else _FOLDED[step.name]
+    known = [scope.constant(v) for v in step.operands]
     if any(k is None for k in known):
         return None
     with np.errstate(over="ignore"):  # integers wrap, as the spec's do
@@ -53,11 +59,9 @@ def fold_index_arithmetic(step: Step, producers: Producers) -> Step | None:
     return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 
 
-def dynamic_slice_at_constants(step: Step, producers: Producers) -> Step | None:
+def dynamic_slice_at_constants(step: Step, scope: Scope) -> Step | None:
     """`dynamic_slice` whose starts are all constants (unrolled loops make many): a static slice, clamped now as the spec clamps then."""
-    if step.name != "stablehlo.dynamic_slice":
-        return None
-    starts = [constant_of(v, producers) for v in step.operands[1:]]
+    starts = [scope.constant(v) for v in step.operands[1:]]
     if any(s is None for s in starts):
         return None
     shape, sizes = step.operand.shape, step.slice_sizes

@@ -23,6 +23,7 @@ from jax_mps.ops.registry import lower_steps
 from jax_mps.plan import build
 from jax_mps.plan.translate import claims
 from jax_mps.plan.types import Plan, numpy_dtype
+from jax_mps.rewrites import rewrite
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def plan_of(case: Case) -> Plan:
     return build.build(build.parse(portable_artifact(case)), claims)
 
 
-def lowered(case: Case) -> tuple[Plan, Callable[..., list[mx.array]], list[mx.array]]:
-    """The row's plan, its steps as one function of arrays, and its arguments."""
-    plan = plan_of(case)
+def lowered(case: Case, *, rewritten: bool = False) -> tuple[Plan, Callable[..., list[mx.array]], list[mx.array]]:
+    """The row's plan (after the rewrites, if wanted), its steps as one function of arrays, and its arguments."""
+    plan = rewrite(plan_of(case)) if rewritten else plan_of(case)
     steps = lower_steps(plan.steps)
     flat = [np.asarray(a) for a in jax.tree.leaves(case.args)]
     arguments = [mx_array(a.astype(numpy_dtype(v.dtype)), v.dtype) for v, a in zip(plan.arguments, flat, strict=True)]
