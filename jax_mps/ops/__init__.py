@@ -6,7 +6,8 @@ import importlib
 
 FAMILIES = (
     "elementwise", "bits", "complex", "shapes", "slices", "gather", "scatter", "reduce", "window",
-    "dot", "convolution", "sort", "topk", "fft", "random", "control_flow", "collectives", "special", "copies", "fused",
+    "dot", "convolution", "sort", "topk", "fft", "random", "threefry", "control_flow", "collectives", "special",
+    "copies", "fused",
 )  # fmt: skip
 
 

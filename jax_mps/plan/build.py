@@ -9,7 +9,7 @@ import functools
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Scope = dict[ir.Value, Any]  # an MLIR value: ours, or a tuple of ours, nested as the tuple is
 Claims = Callable[[Step], bool]  # whether some lowering takes a composite whole
+Whole = Callable[[Sequence[Value], Sequence[Step], Sequence[Value]], Step | None]  # one step for the body of a called function, where there is one
 
 _IDENTITIES = frozenset(["sdy.sharding_constraint", "sdy.reshard", "sdy.propagation_barrier"])
 _IGNORED = frozenset(["sdy.mesh"])
@@ -139,14 +140,14 @@ def module_name(module: ir.Module) -> str:
     return ir.StringAttr(attrs["sym_name"]).value if "sym_name" in attrs else "main"
 
 
-def build(module: ir.Module, claims: Claims = lambda step: False) -> Plan:
-    """Translate a module whose entry is `@main` (or its only public function) into a plan.
+def build(module: ir.Module, claims: Claims = lambda step: False, whole: Whole = lambda operands, steps, results: None) -> Plan:
+    """Translate a module whose entry is `@main` (or its only public function) into a plan. Called functions are inlined.
 
     Raises:
         InvalidProgram: no entry function, a dynamic shape that nothing refines, or a call of an unknown function.
     """
     try:
-        return _Builder(module, claims).plan()
+        return _Builder(module, claims, whole).plan()
     except RuntimeError as error:
         if "conversion error" not in str(error):  # nanobind's words
             raise
@@ -156,9 +157,10 @@ def build(module: ir.Module, claims: Claims = lambda step: False) -> Plan:
 class _Builder:
     """One walk over a module. `scope` maps MLIR values to ours; it is copied on the way into a function or region."""
 
-    def __init__(self, module: ir.Module, claims: Claims) -> None:
+    def __init__(self, module: ir.Module, claims: Claims, whole: Whole) -> None:
         self.module = module
         self.claims = claims
+        self.whole = whole
         self.functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in module.body.operations if op.operation.name == "func.func"}
         self.types: dict[ir.Type, TensorType] = {}
 
@@ -267,9 +269,13 @@ class _Builder:
     def inline(self, op: ir.Operation, scope: Scope, steps: list[Step]) -> None:
         """Replace a call (or a manual computation on one device) by the steps of its body."""
         body = op.regions[0].blocks[0] if op.name.startswith("sdy.") else self.function(ir.FlatSymbolRefAttr(op.attributes["callee"]).value)
-        inner = dict(zip(body.arguments, self.flatten(op.operands, scope), strict=True))
+        operands, start = self.flatten(op.operands, scope), len(steps)
+        inner = dict(zip(body.arguments, operands, strict=True))
         results = self.walk(body, inner if op.name == "func.call" else {**scope, **inner}, steps)
         scope.update(zip(op.results, results, strict=True))
+        one = self.whole(operands, steps[start:], results) if op.name == "func.call" else None
+        if one is not None:
+            steps[start:] = [one]
 
     def function(self, name: str) -> ir.Block:
         if name not in self.functions:

@@ -20,7 +20,7 @@ from jax_mps.plan import build, control, export, loops, segments
 from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Plan, Step, TensorType, Value
-from jax_mps.rewrites import rewrite
+from jax_mps.rewrites import rewrite, whole
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     """
     count("translations")
     load_all()
-    plan = build.build(module, claims)
+    plan = build.build(module, claims, whole)
     if plan.num_replicas * plan.num_partitions > 1:
         raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; this backend has one device")
     where = target()

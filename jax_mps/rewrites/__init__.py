@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import constants, softmax, table
+from jax_mps.rewrites import constants, softmax, special, table, threefry
 from jax_mps.rewrites.table import Rewrite, Table
+
+whole = threefry.whole  # for functions that JAX calls, before they are inlined
 
 
 def _at(*names: str) -> frozenset[str]:
@@ -20,8 +22,12 @@ TABLES: tuple[Table, ...] = (
         Rewrite("converted constant", constants.fold_conversion, _at("convert"), "as above"),
         Rewrite("shift in range", constants.shift_in_range, constants.SHIFTS, "once amounts are folded"),
         Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, _at("dynamic_slice"), "its starts are folded by then"),
+        Rewrite("threefry of positions", threefry.counted, frozenset(["jax_mps.threefry2x32"]), "any time before the next"),
     ),
     (
+        Rewrite("random bits", threefry.bits, _at("xor"), "once their counters are known to be positions", "jax_mps.threefry_counted"),
+        Rewrite("uniform numbers", threefry.unit, _at("subtract"), "any time", "stablehlo.bitcast_convert"),
+        Rewrite("erf_inv", special.erf_inv, _at("select"), "any time", "stablehlo.log_plus_one"),
         Rewrite("gradient of softmax", softmax.softmax_gradient, _at("multiply"), "gradients read the parts of what comes next", _EXP),
         Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
     ),

@@ -108,6 +108,39 @@ def _unconverted(value: Value, scope: Scope) -> Value:
     return value
 
 
+_COMMUTATIVE = frozenset(["add", "multiply", "maximum", "minimum", "xor", "or", "and"])
+
+
+class Numbers:
+    """Expressions, each with one number: equal expressions have equal numbers, up to the order of operands of commutative ops."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[object, ...], int] = {}
+
+    def of(self, name: str, *operands: object) -> int:
+        key = (name, *sorted(operands, key=repr)) if name in _COMMUTATIVE else (name, *operands)
+        return self.table.setdefault(key, len(self.table))
+
+    def of_value(self, value: Value, leaf: Value, scope: Scope) -> int | None:
+        """The number of an elementwise expression over `leaf` and constants that are splats; None if it is anything else."""
+        return self._of_value(value, {leaf: self.of("leaf")}, scope)
+
+    def _of_value(self, value: Value, known: dict[Value, int | None], scope: Scope) -> int | None:
+        if value in known:
+            return known[value]
+        known[value] = None
+        constant = splat(value, scope)
+        step = scope.producers.get(value)
+        if constant is not None:
+            known[value] = self.of("constant", constant)
+        elif step is not None and step.name.startswith("stablehlo.") and not step.regions and all(v.shape == value.shape for v in step.operands):
+            operands = [self._of_value(v, known, scope) for v in step.operands]
+            if None not in operands and (step.name == "stablehlo.compare" or not step.attributes):
+                how = (step.comparison_direction,) if step.name == "stablehlo.compare" else ()
+                known[value] = self.of(step.name.removeprefix("stablehlo."), *how, *operands)
+        return known[value]
+
+
 def fuse(
     name: str, step: Step, operands: Sequence[Value], scope: Scope, attributes: Mapping[str, Any] | None = None, *, shared: bool = False
 ) -> Step | None:

@@ -23,7 +23,7 @@ from jax_mps.ops.registry import lower_steps
 from jax_mps.plan import build
 from jax_mps.plan.translate import claims
 from jax_mps.plan.types import Plan, numpy_dtype
-from jax_mps.rewrites import rewrite
+from jax_mps.rewrites import rewrite, whole
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def portable_artifact(case: Case) -> bytes:
 def plan_of(case: Case) -> Plan:
     """The row's program as a plan, composites kept where a lowering claims them."""
     load_all()
-    return build.build(build.parse(portable_artifact(case)), claims)
+    return build.build(build.parse(portable_artifact(case)), claims, whole)
 
 
 def lowered(case: Case, *, rewritten: bool = False) -> tuple[Plan, Callable[..., list[mx.array]], list[mx.array]]:
