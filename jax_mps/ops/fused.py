@@ -99,3 +99,15 @@ def softmax_times(op: Step) -> Run:
     lead = (*op.result.shape[:-1], 1)
     dtype = MX[op.result.dtype]
     return lambda x, q, *rest: _softmax(x) * mx.reshape(q, lead).astype(dtype)
+
+
+@lowers("jax_mps.in_bounds")
+def in_bounds(op: Step) -> Run:
+    """Whether indices, of which those below 0 count from the end, lie within a dimension."""
+    shape, size = op.result.shape, op.size
+
+    def run(i: mx.array, *rest: mx.array) -> mx.array:
+        wide = i.astype(mx.int32) if i.dtype in (mx.int8, mx.int16) else i
+        return mx.reshape((wide >= mx.array(-size, wide.dtype)) & (wide < mx.array(size, wide.dtype)), shape)
+
+    return run

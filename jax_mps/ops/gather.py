@@ -10,6 +10,7 @@ import mlx.core as mx
 from jax_mps.ops.indexing import Windows, batch_shape, batching_axes
 from jax_mps.ops.registry import Run, lowers
 from jax_mps.ops.shapes import empty
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step
 
 # A row at least this long is copied whole; below it one index for each element is faster (CPU: 20 ns a row against 2 ns an element)
@@ -39,6 +40,7 @@ def _gather(op: Step, slice_sizes: tuple[int, ...]) -> Callable[[mx.array, mx.ar
         columns={d: k for k, d in enumerate(op.start_index_map)},
         batching=batching_axes(op.operand_batching_dims, op.start_indices_batching_dims, op.index_vector_dim),
         index_vector_dim=op.index_vector_dim,
+        wrapped=op.attributes.get("wrapped", False),
     )
     if op.result.size == 0:
         return lambda x, start_indices: empty(op.result)
@@ -74,7 +76,11 @@ def _static(windows: Windows) -> tuple[slice, ...]:
 def _many_windows(windows: Windows, op: Step) -> Run:
     first, last = windows.indexed[0], windows.indexed[-1] + 1
     row = math.prod(windows.sizes[last:])
-    if row >= _LONG_ROW or math.prod(windows.sizes[:first]) == 1:
+    aligned = _aligned_axis(windows, op)
+    if aligned is not None:
+        return lambda x, start_indices: mx.take_along_axis(x, mx.reshape(windows.positions(start_indices), op.result.shape), axis=aligned)
+    straight = windows.line is not None and not windows.batching and (math.prod(windows.sizes[:first]) == 1 or device_kind() != "cpu")
+    if not straight and (row >= _LONG_ROW or math.prod(windows.sizes[:first]) == 1):
         first = 0
     finish = _layout(windows, op, first, last)
     outer = tuple(slice(0, s) if not first <= d < last else slice(None) for d, s in enumerate(windows.sizes))
@@ -82,12 +88,23 @@ def _many_windows(windows: Windows, op: Step) -> Run:
     before, rows = math.prod(windows.sizes[:first]), math.prod(windows.shape[first:last])
 
     def run(x: mx.array, start_indices: mx.array) -> mx.array:
-        starts = windows.starts(start_indices) if windows.moving else None
-        index = mx.reshape(windows.linear(starts, first, last), (-1,))
+        if straight:
+            index = windows.positions(start_indices)
+        else:
+            starts = windows.starts(start_indices) if windows.moving else None
+            index = mx.reshape(windows.linear(starts, first, last), (-1,))
         x = x if whole else x[outer]
         return finish(_take(x, index, (before, rows, row)))
 
     return run
+
+
+def _aligned_axis(windows: Windows, op: Step) -> int | None:
+    """The axis of a `take_along_axis`: every other dimension goes along with the same dimension of the indices."""
+    axis, rank = windows.line, op.operand.rank
+    if axis is None or len(windows.batch) != rank or any(s != 1 for s in windows.sizes) or tuple(windows.batch) != op.result.shape:
+        return None
+    return axis if windows.batching == {d: d for d in range(rank) if d != axis} else None
 
 
 def _take(x: mx.array, index: mx.array, shape: tuple[int, int, int]) -> mx.array:
@@ -97,6 +114,8 @@ def _take(x: mx.array, index: mx.array, shape: tuple[int, int, int]) -> mx.array
         return mx.take_along_axis(mx.reshape(x, (rows,)), index, axis=0)
     if before == 1 and row >= _LONG_ROW:
         return mx.take(mx.reshape(x, (rows, row)), index, axis=0)
+    if device_kind() != "cpu":
+        return mx.take(mx.reshape(x, shape), index, axis=1)
     return mx.take_along_axis(mx.reshape(x, shape), index[None, :, None], axis=1)
 
 

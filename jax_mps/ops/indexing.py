@@ -27,6 +27,7 @@ class Windows:
 
     shape: of the operand. sizes: of a window, one per operand dimension. batch: of the indices without `index_vector_dim`.
     columns: operand dimension -> component of the index vector. batching: operand dimension -> axis of `batch`.
+    wrapped: negative components count from the end of their dimension, as a rewrite found out (rewrites/indices.py).
     """
 
     shape: Shape
@@ -35,6 +36,7 @@ class Windows:
     columns: Mapping[int, int]
     batching: Mapping[int, int]
     index_vector_dim: int
+    wrapped: bool = False
 
     @property
     def count(self) -> int:
@@ -52,10 +54,42 @@ class Windows:
         return tuple(sorted({*self.moving, *self.batching}))
 
     def vectors(self, indices: mx.array) -> mx.array:
-        """The index array with its vectors along the last axis."""
+        """The index array with its vectors along the last axis, counted from the start."""
+        if self.wrapped:
+            indices = self._from_start(indices, next(self.shape[d] for d in self.columns))
         if self.index_vector_dim == indices.ndim:
             return indices[..., None]
         return indices if self.index_vector_dim == indices.ndim - 1 else mx.moveaxis(indices, self.index_vector_dim, -1)
+
+    @property
+    def line(self) -> int | None:
+        """The only dimension that windows are spread along, if they are one element thick there."""
+        return next(iter(self.moving)) if len(self.moving) == 1 == len(self.columns) and self.sizes[next(iter(self.moving))] == 1 else None
+
+    def positions(self, indices: mx.array) -> mx.array:
+        """Along `line`, flat and clamped; of `wrapped` ones, those below 0 count from the end, as MLX's own indices do."""
+        assert self.line is not None
+        size = self.shape[self.line]
+        flat = mx.reshape(indices, (-1,))
+        if not self.wrapped:
+            return clamp_starts(flat, [size - 1])
+        wide = flat.astype(mx.int32) if flat.dtype in (mx.int8, mx.int16) else flat
+        return mx.minimum(mx.maximum(wide, mx.array(-size, wide.dtype)), mx.array(size - 1, wide.dtype)).astype(mx.int32)
+
+    def targets(self, indices: mx.array) -> mx.array:
+        """Along `line`, flat, as unsigned integers; those that lie outside become the dimension's size."""
+        assert self.line is not None
+        size = self.shape[self.line]
+        flat = mx.reshape(indices, (-1,))
+        wide = flat if flat.dtype in (mx.int32, mx.uint32, mx.int64, mx.uint64) else flat.astype(mx.int32)
+        if self.wrapped:
+            wide = self._from_start(wide, size)
+        unsigned = wide.view(mx.uint32 if wide.itemsize == 4 else mx.uint64)  # negative ones become large
+        return mx.minimum(unsigned, mx.array(size, unsigned.dtype)).astype(mx.uint32)
+
+    @staticmethod
+    def _from_start(indices: mx.array, size: int) -> mx.array:
+        return mx.where(indices < mx.array(0, indices.dtype), indices + mx.array(size, indices.dtype), indices)
 
     def starts(self, indices: mx.array) -> mx.array:
         """Clamped start of each window along the moving dimensions, int32: batch + (number of them,)."""

@@ -139,22 +139,35 @@ def _add(*, to_zeros: bool) -> Put:
     in_place = _dropping(lambda rows, index, updates: rows.at[index].add(updates), -0.0)
 
     def put(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
-        if device_kind() != "cpu" or (_is_large(rows, updates) and not to_zeros):
+        if not to_zeros and (device_kind() != "cpu" or _is_large(rows, updates)):
             return in_place(rows, index, updates, fits)
-        sums = _sums(rows, index, updates, fits)
-        return sums if to_zeros else rows + sums
+        target = index if fits is None else mx.where(fits, index, mx.array(rows.shape[0], index.dtype))
+        total = sums(target, updates, (rows.shape[0], rows.shape[1]), rows.dtype, spare=fits is not None)
+        return total if to_zeros else rows + total
 
     return put
 
 
-def _sums(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
-    """What is to be added to each row. MLX has its fast scatter-add (10 times, for short rows) only as the transpose of take_along_axis."""
-    count, row = rows.shape
-    index = index if fits is None else mx.where(fits, index, mx.array(count, index.dtype))
-    elements = _elements(index, row)
-    zeros = mx.zeros(((count + (fits is not None)) * row,), rows.dtype)
-    _, (sums,) = mx.vjp(lambda flat: mx.take_along_axis(flat, elements, axis=0), [zeros], [mx.reshape(updates, (-1,))])
-    return mx.reshape(sums[: count * row], rows.shape)
+def adds_itself(type_: TensorType) -> bool:
+    """Whether MLX's own scatter adds elements of the type."""
+    return type_.dtype != "bool" and (device_kind() == "cpu" or type_.dtype not in ("int64", "uint64"))
+
+
+def sums(target: mx.array, updates: mx.array, shape: tuple[int, int], dtype: mx.Dtype, *, spare: bool) -> mx.array:
+    """The sum of the updates of each of (count, row) rows. spare: a target of `count` drops its update.
+
+    On CPU, MLX has its fast scatter-add (10 times, for short rows) only as the transpose of take_along_axis.
+    """
+    count, row = shape
+    if device_kind() != "cpu":
+        zeros = mx.zeros((count + spare, row) if row > 1 else (count + spare,), dtype)
+        total = zeros.at[target].add(updates if row > 1 else mx.reshape(updates, (-1,)))
+    else:
+        elements = _elements(target, row)
+        zeros = mx.zeros(((count + spare) * row,), dtype)
+        _, (total,) = mx.vjp(lambda flat: mx.take_along_axis(flat, elements, axis=0), [zeros], [mx.reshape(updates, (-1,))])
+        total = total[: count * row]
+    return mx.reshape(total[:count] if device_kind() != "cpu" else total, shape)
 
 
 def _multiply(rows: mx.array, index: mx.array, updates: mx.array) -> mx.array:

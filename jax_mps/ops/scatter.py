@@ -14,9 +14,10 @@ import numpy as np
 
 from jax_mps.errors import Unsupported
 from jax_mps.ops.bodies import constant_of
+from jax_mps.ops.dtypes import MX
 from jax_mps.ops.indexing import Windows, batch_shape, batching_axes, known
 from jax_mps.ops.registry import LoweredRegion, Run, lowers
-from jax_mps.ops.rows import COMBINERS, writer
+from jax_mps.ops.rows import COMBINERS, adds_itself, sums, writer
 from jax_mps.ops.slices import clamp_starts
 from jax_mps.plan.types import Region, Step, Value
 
@@ -53,6 +54,7 @@ def _windows(op: Step) -> Windows:
         columns={d: k for k, d in enumerate(op.scatter_dims_to_operand_dims)},
         batching=batching_axes(op.input_batching_dims, op.scatter_indices_batching_dims, op.index_vector_dim),
         index_vector_dim=op.index_vector_dim,
+        wrapped=op.attributes.get("wrapped", False),
     )
 
 
@@ -199,8 +201,14 @@ def _fits(windows: Windows, indices: mx.array) -> mx.array | None:
 def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
     if kind == "keep":
         return lambda x, indices, update: x
-    put = writer(op, kind, operand.type, to_zeros=constant_of(operand) == 0)  # as in a gradient
+    to_zeros = constant_of(operand) == 0  # as in a gradient
     locate = _Rows(op, windows)
+    if to_zeros and kind == "stablehlo.add" and windows.line == 0 == locate.last - 1 and adds_itself(operand.type):
+        zeros, spare = MX[operand.dtype], not locate.known_to_fit
+        return lambda x, indices, update: locate.restore(
+            sums(windows.targets(indices), locate.updates(update), (locate.rows, locate.row), zeros, spare=spare)
+        )
+    put = writer(op, kind, operand.type, to_zeros=to_zeros)
 
     def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:
         index, fits = locate.index(indices)

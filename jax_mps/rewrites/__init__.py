@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import constants, softmax, special, table, threefry
+from jax_mps.rewrites import constants, indices, softmax, special, table, threefry
 from jax_mps.rewrites.table import Rewrite, Table
 
 whole = threefry.whole  # for functions that JAX calls, before they are inlined
@@ -25,6 +25,9 @@ TABLES: tuple[Table, ...] = (
         Rewrite("threefry of positions", threefry.counted, frozenset(["jax_mps.threefry2x32"]), "any time before the next"),
     ),
     (
+        Rewrite("gather from the end", indices.gather, _at("gather"), "any time", "stablehlo.select"),
+        Rewrite("scatter from the end", indices.scatter, _at("scatter"), "any time", "stablehlo.select"),
+        Rewrite("indices in bounds", indices.in_bounds, _at("reduce"), "any time", "stablehlo.gather"),
         Rewrite("random bits", threefry.bits, _at("xor"), "once their counters are known to be positions", "jax_mps.threefry_counted"),
         Rewrite("uniform numbers", threefry.unit, _at("subtract"), "any time", "stablehlo.bitcast_convert"),
         Rewrite("erf_inv", special.erf_inv, _at("select"), "any time", "stablehlo.log_plus_one"),
