@@ -111,3 +111,16 @@ def in_bounds(op: Step) -> Run:
         return mx.reshape((wide >= mx.array(-size, wide.dtype)) & (wide < mx.array(size, wide.dtype)), shape)
 
     return run
+
+
+@lowers("jax_mps.layer_norm", "jax_mps.rms_norm")
+def norm(op: Step) -> Run:
+    """Operands: the rows, then the scale if there is one, then the bias if there is one."""
+    size, layer = op.operand.shape[-1], op.name == "jax_mps.layer_norm"
+    count = op.scaled + op.shifted
+
+    def run(x: mx.array, *rest: mx.array) -> mx.array:
+        scale, bias = [mx.reshape(v, (size,)) for v in rest[:count]] + [None] * (2 - count)
+        return mx.fast.layer_norm(x, scale, bias, op.eps) if layer else mx.fast.rms_norm(x, scale, op.eps)
+
+    return run

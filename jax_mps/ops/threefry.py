@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -104,8 +105,8 @@ def source(form: str, device: str) -> str:
 def _kernel(form: str, device: str) -> Callable[..., list[mx.array]]:
     inputs = ["sizes", "key0", "key1", *(["high", "low"] if form == "pair" else [])]
     make = mx.fast.cuda_kernel if device == "cuda" else mx.fast.metal_kernel
-    kernel: Callable[..., list[mx.array]] = make(f"jax_threefry_{form}", inputs, _OUTPUTS[form], source(form, device))
-    return kernel
+    kernel: Any = make(f"jax_threefry_{form}", inputs, _OUTPUTS[form], source(form, device))
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 def _launch(form: str, shape: Shape, keys: Sequence[mx.array], counters: Sequence[mx.array], drawn: int = 0) -> list[mx.array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import constants, indices, softmax, special, table, threefry
+from jax_mps.rewrites import constants, indices, norms, softmax, special, table, threefry
 from jax_mps.rewrites.table import Rewrite, Table
 
 whole = threefry.whole  # for functions that JAX calls, before they are inlined
@@ -18,7 +18,7 @@ _EXP = "stablehlo.exponential"
 # One table after the other; within a table, every step sees its rows in order.
 TABLES: tuple[Table, ...] = (
     (
-        Rewrite("index arithmetic", constants.fold_index_arithmetic, constants.ARITHMETIC, "first: the others look for constants"),
+        Rewrite("arithmetic of scalars", constants.fold_scalars, constants.ARITHMETIC, "first: the others look for constants"),
         Rewrite("converted constant", constants.fold_conversion, _at("convert"), "as above"),
         Rewrite("shift in range", constants.shift_in_range, constants.SHIFTS, "once amounts are folded"),
         Rewrite("dynamic slice at constants", constants.dynamic_slice_at_constants, _at("dynamic_slice"), "its starts are folded by then"),
@@ -37,6 +37,10 @@ TABLES: tuple[Table, ...] = (
     (
         Rewrite("softmax", softmax.softmax, _at("divide"), "nothing else reads its parts by now", _EXP),
         Rewrite("log_softmax", softmax.log_softmax, _at("subtract"), "as above", _EXP),
+        Rewrite("normalised rows, scaled", norms.scaled_first, _at("multiply"), "before the next, which they hold in part"),
+        Rewrite("normalised rows", norms.normalised, _at("multiply", "divide"), "any time"),
+        Rewrite("scale of a norm", norms.scaled, _at("multiply"), "after the rows are normalised"),
+        Rewrite("bias of a norm", norms.shifted, _at("add"), "after they are scaled"),
         Rewrite("logsumexp", softmax.logsumexp, _at("add"), "as above", _EXP),
     ),
     (Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),),

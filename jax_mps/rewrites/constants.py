@@ -31,6 +31,7 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "stablehlo.minimum": np.minimum, "stablehlo.maximum": np.maximum, "stablehlo.select": np.where,
     "stablehlo.convert": lambda x: x, "stablehlo.reshape": lambda x: x,
 }  # fmt: skip
+_ROUNDED = frozenset(["stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.compare"])  # of floats: once, by all alike
 ARITHMETIC = frozenset([*_FOLDED, "stablehlo.compare"])
 
 
@@ -43,10 +44,13 @@ def fold_conversion(step: Step, scope: Scope) -> Step | None:
     return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 
 
-def fold_index_arithmetic(step: Step, scope: Scope) -> Step | None:
-    """Integer scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices."""
+def fold_scalars(step: Step, scope: Scope) -> Step | None:
+    """Scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices, or `jnp.var` to its
+    divisor (is it positive?)."""
     values = (*step.operands, *step.results)
-    if not step.operands or not step.results or any(v.type.rank or not (v.type.is_integer or v.dtype == "bool") for v in values):
+    if not step.operands or not step.results or any(v.type.rank or not (v.type.is_integer or v.dtype in ("bool", "float32")) for v in values):
+        return None
+    if step.operand.is_floating and step.name not in _ROUNDED:
         return None
     if step.operand.dtype == "bool" and step.name not in ("stablehlo.select", "stablehlo.compare"):
         return None

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_mps.ops import fused, gather, rows, scatter
-from jax_mps.rewrites import rewrite
 from ops import test_gather, test_scatter
 from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of
 from rewrites.proof import fused as fused_steps
+
+from jax_mps.ops import fused, gather, rows, scatter
+from jax_mps.rewrites import rewrite
 
 R = np.random.default_rng(0)
 X = R.normal(size=(6, 7)).astype(np.float32)

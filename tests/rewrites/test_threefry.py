@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_mps.ops import threefry
-from jax_mps.rewrites import rewrite
 from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of
 from rewrites.proof import fused, prove, refuse
+
+from jax_mps.ops import threefry
+from jax_mps.rewrites import rewrite
 
 KEY = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
 KEYS = np.arange(8, dtype=np.uint32).reshape(4, 2) * np.uint32(0x01234567)
