@@ -46,14 +46,14 @@ bool nbytes_of(PJRT_Buffer_Type type, const int64_t* dims, size_t ndim, size_t* 
   return known && size <= PTRDIFF_MAX;
 }
 
-PJRT_Buffer* buffer_new(PJRT_Client* client, Cell* cell, PJRT_Buffer_Type type, size_t nbytes, size_t ndim,
+PJRT_Buffer* buffer_new(PJRT_Memory* memory, Cell* cell, PJRT_Buffer_Type type, size_t nbytes, size_t ndim,
                         const int64_t* dims) {
   PJRT_Buffer* buffer = cell ? calloc(1, sizeof *buffer + ndim * sizeof *dims) : NULL;
   if (!buffer) {
     cell_release(cell);
     return NULL;
   }
-  buffer->client = client;
+  buffer->memory = memory;
   buffer->cell = cell;
   buffer->type = type;
   buffer->nbytes = nbytes;
@@ -202,17 +202,17 @@ PJRT_Error* Buffer_OnDeviceSizeInBytes(PJRT_Buffer_OnDeviceSizeInBytes_Args* arg
 }
 
 PJRT_Error* Buffer_Device(PJRT_Buffer_Device_Args* args) {
-  args->device = &args->buffer->client->device;
+  args->device = args->buffer->memory->device;
   return NULL;
 }
 
 PJRT_Error* Buffer_Memory(PJRT_Buffer_Memory_Args* args) {
-  args->memory = &args->buffer->client->memory;
+  args->memory = args->buffer->memory;
   return NULL;
 }
 
 PJRT_Error* Buffer_IsOnCpu(PJRT_Buffer_IsOnCpu_Args* args) {
-  args->is_on_cpu = args->buffer->client->is_on_cpu;
+  args->is_on_cpu = args->buffer->memory->device->client->is_on_cpu;
   return NULL;
 }
 
@@ -257,8 +257,21 @@ static PJRT_Event* arm(Cell* cell, PJRT_Error** failure) {
   return event;
 }
 
+/* JAX waits for its tokens at exit, after this plugin's own end: what is there needs nobody any more. */
+static bool is_there_at_exit(PJRT_Buffer* buffer) {
+  if (atomic_load(&process_closed) != FINALIZING) return false;
+  state_lock();
+  bool there = buffer->cell && !atomic_load(&buffer->deleted) && (buffer->cell->state == READY || buffer->cell->state == HOST);
+  state_unlock();
+  return there;
+}
+
 /* jaxlib aborts when this returns an error, so the event has it. */
 PJRT_Error* Buffer_ReadyEvent(PJRT_Buffer_ReadyEvent_Args* args) {
+  if (is_there_at_exit(args->buffer)) {
+    args->event = &event_ready;
+    return NULL;
+  }
   Cell* cell = NULL;
   PJRT_Event* event = NULL;
   PJRT_Error* error = take_cell(args->buffer, false, &cell);
@@ -459,7 +472,8 @@ PJRT_Error* Client_BufferFromHostBuffer(PJRT_Client_BufferFromHostBuffer_Args* a
   PJRT_Error* error = read_host(args, nbytes, &cell);
   PyGILState_Release(gil);
   if (error) return error;
-  args->buffer = buffer_new(args->client, cell, args->type, nbytes, args->num_dims, args->dims);
+  PJRT_Device* device = args->device ? args->device : args->client->devices[0];
+  args->buffer = buffer_new(args->memory ? args->memory : device->memories[0], cell, args->type, nbytes, args->num_dims, args->dims);
   args->done_with_host_buffer = &event_ready; /* the host's bytes are not looked at again */
   return args->buffer ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
 }
@@ -477,8 +491,8 @@ PJRT_Error* Client_CreateErrorBuffer(PJRT_Client_CreateErrorBuffer_Args* args) {
     state_unlock();
   }
   error_release(error);
-  PJRT_Client* client = args->client ? args->client : args->memory->client;
-  args->buffer = buffer_new(client, cell, args->shape_element_type, nbytes, args->shape_num_dims, args->shape_dims);
+  PJRT_Memory* memory = args->memory ? args->memory : args->client->devices[0]->memories[0];
+  args->buffer = buffer_new(memory, cell, args->shape_element_type, nbytes, args->shape_num_dims, args->shape_dims);
   return args->buffer ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
 }
 
@@ -599,18 +613,18 @@ PJRT_Error* Buffer_OpaqueDeviceMemoryDataPointer(PJRT_Buffer_OpaqueDeviceMemoryD
 }
 
 /* ---- copies: values never change, so a copy is another handle on the same cell ---- */
-static PJRT_Error* share(PJRT_Buffer* buffer, PJRT_Client* client, PJRT_Buffer** copy) {
+static PJRT_Error* share(PJRT_Buffer* buffer, PJRT_Memory* memory, PJRT_Buffer** copy) {
   Cell* cell;
   PJRT_Error* error = take_cell(buffer, false, &cell);
   if (error) return error;
-  *copy = buffer_new(client, cell, buffer->type, buffer->nbytes, buffer->ndim, buffer->dims);
+  *copy = buffer_new(memory, cell, buffer->type, buffer->nbytes, buffer->ndim, buffer->dims);
   return *copy ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
 }
 
 PJRT_Error* Buffer_CopyToDevice(PJRT_Buffer_CopyToDevice_Args* args) {
-  return share(args->buffer, args->dst_device->client, &args->dst_buffer);
+  return share(args->buffer, args->dst_device->memories[0], &args->dst_buffer);
 }
 
 PJRT_Error* Buffer_CopyToMemory(PJRT_Buffer_CopyToMemory_Args* args) {
-  return share(args->buffer, args->dst_memory->client, &args->dst_buffer);
+  return share(args->buffer, args->dst_memory, &args->dst_buffer);
 }

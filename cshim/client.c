@@ -1,4 +1,4 @@
-/* The client, its one device and memory, the topology, and the plugin's attributes: tables built from Python's dicts. */
+/* The client, its devices and their memories, the topology, and the plugin's attributes: tables built from Python's dicts. */
 #include <stdio.h>
 
 #include "shim.h"
@@ -157,16 +157,62 @@ static bool int_at(PyObject* dict, const char* key, int64_t* out) {
   return value && PyLong_Check(value) && !PyErr_Occurred();
 }
 
+static const char* fill_device(PyObject* dict, PyObject* string, PJRT_Device* device) {
+  PJRT_DeviceDescription* description = &device->description;
+  Py_ssize_t size;
+  const char* text = PyUnicode_Check(string) ? PyUnicode_AsUTF8AndSize(string, &size) : NULL;
+  if (!text || !(description->to_string = copy_text(text, (size_t)size))) return "device_strings";
+  description->debug_string = description->to_string;
+  if (!text_at(dict, "device_kind", &description->kind)) return "device_kind";
+  return NULL;
+}
+
+static const char* fill_memory(PyObject* kind, PJRT_Memory* memory) {
+  Py_ssize_t size;
+  const char* text = PyUnicode_Check(kind) ? PyUnicode_AsUTF8AndSize(kind, &size) : NULL;
+  if (!text || !(memory->kind = copy_text(text, (size_t)size))) return "memory_kinds";
+  memory->to_string = memory->debug_string = memory->kind;
+  return NULL;
+}
+
+/* One device for each of device_strings, with a memory of each of memory_kinds. */
+static const char* fill_devices(PyObject* dict, PJRT_Client* client) {
+  PyObject* strings = PyDict_GetItemString(dict, "device_strings");
+  if (!strings || !PyTuple_Check(strings) || PyTuple_Size(strings) < 1) return "device_strings";
+  PyObject* kinds = PyDict_GetItemString(dict, "memory_kinds");
+  if (!kinds || !PyTuple_Check(kinds) || PyTuple_Size(kinds) < 1) return "memory_kinds";
+  size_t count = client->device_count = (size_t)PyTuple_Size(strings);
+  size_t each = client->memory_count = (size_t)PyTuple_Size(kinds);
+  PJRT_Device* devices = calloc(count, sizeof *devices);
+  client->devices = calloc(count, sizeof *client->devices);
+  client->descriptions = calloc(count, sizeof *client->descriptions);
+  client->memories = calloc(count * each, sizeof *client->memories);
+  PJRT_Memory* memories = calloc(count * each, sizeof *memories);
+  if (!memories || !devices || !client->devices || !client->descriptions || !client->memories) return "memory for devices";
+  for (size_t i = 0; i < count; i++) {
+    PJRT_Device* device = client->devices[i] = &devices[i];
+    client->descriptions[i] = &device->description;
+    device->client = client;
+    device->description.id = (int)i;
+    const char* wrong = fill_device(dict, PyTuple_GetItem(strings, (Py_ssize_t)i), device);
+    device->memories = client->memories + i * each;
+    for (size_t kind = 0; kind < each && !wrong; kind++) {
+      PJRT_Memory* memory = device->memories[kind] = &memories[i * each + kind];
+      memory->device = device;
+      memory->id = (int)(i * each + kind);
+      memory->kind_id = (int)kind;
+      wrong = fill_memory(PyTuple_GetItem(kinds, (Py_ssize_t)kind), memory);
+    }
+    if (wrong) return wrong;
+  }
+  return NULL;
+}
+
 static const char* fill_client(PyObject* dict, PJRT_Client* client) {
-  PJRT_DeviceDescription* description = &client->device.description;
   if (!text_at(dict, "platform_name", &client->platform_name)) return "platform_name";
   if (!text_at(dict, "platform_version", &client->platform_version)) return "platform_version";
-  if (!text_at(dict, "device_kind", &description->kind)) return "device_kind";
-  if (!text_at(dict, "device_string", &description->to_string)) return "device_string";
-  if (!text_at(dict, "device_string", &description->debug_string)) return "device_string";
-  if (!text_at(dict, "memory_kind", &client->memory.kind)) return "memory_kind";
-  if (!text_at(dict, "memory_kind", &client->memory.to_string)) return "memory_kind";
-  if (!text_at(dict, "memory_kind", &client->memory.debug_string)) return "memory_kind";
+  const char* wrong = fill_devices(dict, client);
+  if (wrong) return wrong;
   PyObject* on_cpu = PyDict_GetItemString(dict, "is_on_cpu");
   if (!on_cpu || !PyBool_Check(on_cpu)) return "is_on_cpu";
   client->is_on_cpu = on_cpu == Py_True;
@@ -193,17 +239,14 @@ static PJRT_Error* client_new(PyObject* dict, PJRT_Client** out) {
   if (!PyDict_Check(dict)) return INTERNAL("hook client_create did not return a dict");
   PJRT_Client* client = calloc(1, sizeof *client);
   if (!client) return error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a client");
-  client->devices[0] = &client->device;
-  client->topology.client = client->device.client = client->memory.client = client;
-  client->device.memories[0] = &client->memory;
-  client->device.descriptions[0] = &client->device.description;
+  client->topology.client = client;
   const char* wrong = fill_client(dict, client);
   if (wrong) {
     PyErr_Clear();
     return INTERNAL("hook client_create: %s is missing or of the wrong type", wrong);
   }
   PyObject* attributes = PyDict_GetItemString(dict, "attributes");
-  PJRT_DeviceDescription* description = &client->device.description;
+  PJRT_DeviceDescription* description = client->descriptions[0];
   PJRT_Error* error = attributes ? named_values_from_dict(attributes, &description->attributes,
                                                           &description->attribute_count, "client_create (attributes)")
                                  : INTERNAL("hook client_create: attributes is missing");
@@ -212,6 +255,10 @@ static PJRT_Error* client_new(PyObject* dict, PJRT_Client** out) {
     if (value->type != PJRT_NamedValue_kBool) continue;
     value->type = PJRT_NamedValue_kInt64;
     value->int64_value = value->bool_value;
+  }
+  for (size_t i = 1; i < client->device_count; i++) {
+    client->descriptions[i]->attributes = description->attributes;
+    client->descriptions[i]->attribute_count = description->attribute_count;
   }
   if (!error) *out = client;
   return error;
@@ -256,38 +303,44 @@ PJRT_Error* Client_ProcessIndex(PJRT_Client_ProcessIndex_Args* args) {
 
 PJRT_Error* Client_Devices(PJRT_Client_Devices_Args* args) {
   args->devices = args->client->devices;
-  args->num_devices = 1;
+  args->num_devices = args->client->device_count;
   return NULL;
 }
 
 PJRT_Error* Client_AddressableDevices(PJRT_Client_AddressableDevices_Args* args) {
   args->addressable_devices = args->client->devices;
-  args->num_addressable_devices = 1;
+  args->num_addressable_devices = args->client->device_count;
   return NULL;
 }
 
 PJRT_Error* Client_AddressableMemories(PJRT_Client_AddressableMemories_Args* args) {
-  args->addressable_memories = args->client->device.memories;
-  args->num_addressable_memories = 1;
+  args->addressable_memories = args->client->memories;
+  args->num_addressable_memories = args->client->device_count * args->client->memory_count;
+  return NULL;
+}
+
+static PJRT_Error* look_up(PJRT_Client* client, int id, PJRT_Device** device) {
+  if (id < 0 || (size_t)id >= client->device_count)
+    return INVALID("there is no device %d, only 0 to %zu", id, client->device_count - 1);
+  *device = client->devices[id];
   return NULL;
 }
 
 PJRT_Error* Client_LookupDevice(PJRT_Client_LookupDevice_Args* args) {
-  if (args->id != 0) return INVALID("there is no device %d, only device 0", args->id);
-  args->device = &args->client->device;
-  return NULL;
+  return look_up(args->client, args->id, &args->device);
 }
 
 PJRT_Error* Client_LookupAddressableDevice(PJRT_Client_LookupAddressableDevice_Args* args) {
-  if (args->local_hardware_id != 0) return INVALID("there is no device %d, only device 0", args->local_hardware_id);
-  args->addressable_device = &args->client->device;
-  return NULL;
+  return look_up(args->client, args->local_hardware_id, &args->addressable_device);
 }
 
 PJRT_Error* Client_DefaultDeviceAssignment(PJRT_Client_DefaultDeviceAssignment_Args* args) {
-  if (args->num_replicas != 1 || args->num_partitions != 1 || args->default_assignment_size < 1)
-    return INVALID("%d replicas of %d partitions do not fit 1 device", args->num_replicas, args->num_partitions);
-  args->default_assignment[0] = 0;
+  int64_t count = (int64_t)args->num_replicas * args->num_partitions;
+  if (args->num_replicas < 1 || args->num_partitions < 1 || count > (int64_t)args->client->device_count ||
+      (int64_t)args->default_assignment_size < count)
+    return INVALID("%d replicas of %d partitions do not fit %zu device%s", args->num_replicas, args->num_partitions,
+                   args->client->device_count, args->client->device_count == 1 ? "" : "s");
+  for (int id = 0; id < count; id++) args->default_assignment[id] = id;
   return NULL;
 }
 
@@ -308,18 +361,18 @@ PJRT_Error* Device_IsAddressable(PJRT_Device_IsAddressable_Args* args) {
 }
 
 PJRT_Error* Device_LocalHardwareId(PJRT_Device_LocalHardwareId_Args* args) {
-  args->local_hardware_id = 0;
+  args->local_hardware_id = args->device->description.id;
   return NULL;
 }
 
 PJRT_Error* Device_AddressableMemories(PJRT_Device_AddressableMemories_Args* args) {
   args->memories = args->device->memories;
-  args->num_memories = 1;
+  args->num_memories = args->device->client->memory_count;
   return NULL;
 }
 
 PJRT_Error* Device_DefaultMemory(PJRT_Device_DefaultMemory_Args* args) {
-  args->memory = &args->device->client->memory;
+  args->memory = args->device->memories[0];
   return NULL;
 }
 
@@ -410,7 +463,7 @@ PJRT_Error* Memory_Id(PJRT_Memory_Id_Args* args) {
 PJRT_Error* Memory_Kind(PJRT_Memory_Kind_Args* args) { return TEXT(args, kind, args->memory->kind); }
 
 PJRT_Error* Memory_Kind_Id(PJRT_Memory_Kind_Id_Args* args) {
-  args->kind_id = 0;
+  args->kind_id = args->memory->kind_id;
   return NULL;
 }
 
@@ -421,7 +474,7 @@ PJRT_Error* Memory_DebugString(PJRT_Memory_DebugString_Args* args) {
 PJRT_Error* Memory_ToString(PJRT_Memory_ToString_Args* args) { return TEXT(args, to_string, args->memory->to_string); }
 
 PJRT_Error* Memory_AddressableByDevices(PJRT_Memory_AddressableByDevices_Args* args) {
-  args->devices = args->memory->client->devices;
+  args->devices = &args->memory->device;
   args->num_devices = 1;
   return NULL;
 }
@@ -436,13 +489,14 @@ static void free_topology_text(PJRT_SerializedTopology* serialized) { free(seria
 
 static PJRT_SerializedTopology* topology_text(const PJRT_TopologyDescription* topology) {
   const PJRT_Client* client = topology->client;
-  static const char format[] = "%s\n%s\n%s\n1 device";
-  int size = snprintf(NULL, 0, format, client->platform_name, client->platform_version, client->device.description.kind);
+  static const char format[] = "%s\n%s\n%s\n%zu devices";
+  const char* kind = client->descriptions[0]->kind;
+  int size = snprintf(NULL, 0, format, client->platform_name, client->platform_version, kind, client->device_count);
   PJRT_SerializedTopology* serialized = malloc(sizeof *serialized + (size_t)size + 1);
   if (!serialized) return NULL;
   serialized->size = (size_t)size;
-  snprintf(serialized->text, (size_t)size + 1, format, client->platform_name, client->platform_version,
-           client->device.description.kind);
+  snprintf(serialized->text, (size_t)size + 1, format, client->platform_name, client->platform_version, kind,
+           client->device_count);
   return serialized;
 }
 
@@ -460,8 +514,8 @@ PJRT_Error* TopologyDescription_PlatformVersion(PJRT_TopologyDescription_Platfor
 }
 
 PJRT_Error* TopologyDescription_GetDeviceDescriptions(PJRT_TopologyDescription_GetDeviceDescriptions_Args* args) {
-  args->descriptions = args->topology->client->device.descriptions;
-  args->num_descriptions = 1;
+  args->descriptions = args->topology->client->descriptions;
+  args->num_descriptions = args->topology->client->device_count;
   return NULL;
 }
 

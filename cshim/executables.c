@@ -127,24 +127,117 @@ static bool read_donated(PyObject* object, PJRT_Executable* executable) {
   return ok;
 }
 
+static size_t put_varint(char* to, uint64_t value) {
+  size_t size = 0;
+  do {
+    char low = (char)(value & 0x7f);
+    value >>= 7;
+    to[size++] = (char)(value ? low | 0x80 : low);
+  } while (value);
+  return size;
+}
+
+/* DeviceAssignmentProto {replica_count = 1, computation_count = 2, repeated computation_devices = 3 {replica_device_ids = 1}} */
+static bool write_assignment(PJRT_Executable* executable) {
+  size_t replicas = executable->replicas, partitions = executable->partitions;
+  char* to = executable->assignment = malloc(32 + partitions * (32 + replicas * 10));
+  char* ids = malloc(replicas * 10);
+  if (!to || !ids) {
+    free(ids);
+    return PyErr_NoMemory() != NULL;
+  }
+  *to++ = 0x08;
+  to += put_varint(to, replicas);
+  *to++ = 0x10;
+  to += put_varint(to, partitions);
+  for (size_t partition = 0; partition < partitions; partition++) {
+    size_t size = 0;
+    for (size_t replica = 0; replica < replicas; replica++)
+      size += put_varint(ids + size, (uint64_t)executable->devices[replica * partitions + partition]->description.id);
+    char length[10];
+    *to++ = 0x1a;
+    to += put_varint(to, 1 + put_varint(length, size) + size);
+    *to++ = 0x0a;
+    to += put_varint(to, size);
+    memcpy(to, ids, size);
+    to += size;
+  }
+  executable->assignment_size = (size_t)(to - executable->assignment);
+  free(ids);
+  return true;
+}
+
+/* `devices`: a tuple of ids for each replica, one for each partition. */
+static bool read_devices(PyObject* object, PJRT_Executable* executable) {
+  PyObject* rows = read_tuple(object, "devices");
+  if (!rows) return false;
+  PJRT_Client* client = executable->client;
+  bool ok = PyTuple_Size(rows) > 0 && PyTuple_Check(PyTuple_GetItem(rows, 0));
+  executable->replicas = ok ? (size_t)PyTuple_Size(rows) : 0;
+  executable->partitions = ok ? (size_t)PyTuple_Size(PyTuple_GetItem(rows, 0)) : 0;
+  size_t shards = executable->shards = executable->replicas * executable->partitions;
+  executable->devices = calloc(shards + 1, sizeof *executable->devices);
+  executable->logical = calloc(shards + 1, sizeof *executable->logical);
+  ok = ok && shards > 0 && executable->devices && executable->logical;
+  for (size_t i = 0; i < shards && ok; i++) {
+    size_t replica = i / executable->partitions, partition = i % executable->partitions;
+    PyObject* row = PyTuple_GetItem(rows, (Py_ssize_t)replica);
+    ok = PyTuple_Check(row) && (size_t)PyTuple_Size(row) == executable->partitions;
+    long id = ok ? PyLong_AsLong(PyTuple_GetItem(row, (Py_ssize_t)partition)) : -1;
+    ok = ok && id >= 0 && (size_t)id < client->device_count;
+    if (ok) executable->devices[i] = client->devices[id];
+    executable->logical[i] = (PJRT_LogicalDeviceIds){.replica = (int)replica, .partition = (int)partition};
+  }
+  Py_DECREF(rows);
+  if (!ok && !PyErr_Occurred()) return bad("devices are not tuples of the client's device ids, all of a length");
+  return ok && write_assignment(executable);
+}
+
 static bool fill_outputs(PJRT_Executable* executable) {
+  if (executable->outputs.count % executable->shards || executable->parameters.count % executable->shards)
+    return bad("parameters and outputs are not the same number for each device");
   size_t outputs = executable->outputs.count;
-  size_t most = outputs > executable->parameters.count ? outputs : executable->parameters.count;
   executable->output_types = calloc(outputs + 1, sizeof *executable->output_types);
   executable->output_ranks = calloc(outputs + 1, sizeof *executable->output_ranks);
-  executable->memory_kinds = calloc(most + 1, sizeof *executable->memory_kinds);
-  executable->memory_kind_sizes = calloc(most + 1, sizeof *executable->memory_kind_sizes);
-  if (!executable->output_types || !executable->output_ranks || !executable->memory_kinds || !executable->memory_kind_sizes)
-    return PyErr_NoMemory() != NULL;
+  if (!executable->output_types || !executable->output_ranks) return PyErr_NoMemory() != NULL;
   for (size_t i = 0; i < outputs; i++) {
     executable->output_types[i] = executable->outputs.items[i].type;
     executable->output_ranks[i] = executable->outputs.items[i].ndim;
   }
-  for (size_t i = 0; i < most; i++) {
-    executable->memory_kinds[i] = executable->client->memory.kind;
-    executable->memory_kind_sizes[i] = strlen(executable->client->memory.kind);
-  }
   return true;
+}
+
+/* An attribute with an index into the client's kinds of memory for each value of a device; none for an empty one. */
+static bool read_kinds(PyObject* object, const char* attribute, const PJRT_Client* client, size_t count, size_t** indices,
+                       const char*** kinds, size_t** sizes) {
+  PyObject* given = read_tuple(object, attribute);
+  if (!given) return false;
+  *indices = calloc(count + 1, sizeof **indices);
+  *kinds = calloc(count + 1, sizeof **kinds);
+  *sizes = calloc(count + 1, sizeof **sizes);
+  bool ok = *indices && *kinds && *sizes && (PyTuple_Size(given) == 0 || (size_t)PyTuple_Size(given) == count);
+  for (size_t i = 0; i < count && ok; i++) {
+    long index = PyTuple_Size(given) ? PyLong_AsLong(PyTuple_GetItem(given, (Py_ssize_t)i)) : 0;
+    ok = index >= 0 && (size_t)index < client->memory_count;
+    if (!ok) break;
+    (*indices)[i] = (size_t)index;
+    (*kinds)[i] = client->memories[index]->kind;
+    (*sizes)[i] = strlen((*kinds)[i]);
+  }
+  Py_DECREF(given);
+  return ok || PyErr_Occurred() || bad("memories are not one kind of memory for each value");
+}
+
+static bool read_memories(PyObject* object, PJRT_Executable* executable) {
+  const PJRT_Client* client = executable->client;
+  size_t inputs = executable->parameters.count / executable->shards, outputs = executable->outputs.count / executable->shards;
+  size_t* unused = NULL;
+  bool ok = read_kinds(object, "parameter_memories", client, inputs, &unused, &executable->parameter_kinds,
+                       &executable->parameter_kind_sizes) &&
+            read_kinds(object, "output_memories", client, outputs, &executable->output_memories, &executable->output_kinds,
+                       &executable->output_kind_sizes);
+  free(unused);
+  return ok && !PyErr_Occurred();
 }
 
 static void free_types(Types* types) {
@@ -156,6 +249,7 @@ static void executable_free(PJRT_Executable* executable) {
   if (!IS_CLOSED()) {
     PyGILState_STATE gil = PyGILState_Ensure();
     Py_CLEAR(executable->program);
+    Py_CLEAR(executable->format);
     drop_value(executable->callable);
     drop_value(executable->leading);
     drop_value(executable->object);
@@ -169,10 +263,16 @@ static void executable_free(PJRT_Executable* executable) {
   free(executable->options);
   free(executable->output_is_host);
   free(executable->donated);
+  free(executable->devices);
+  free(executable->logical);
+  free(executable->assignment);
   free(executable->output_types);
   free(executable->output_ranks);
-  free(executable->memory_kinds);
-  free(executable->memory_kind_sizes);
+  free(executable->output_memories);
+  free(executable->output_kinds);
+  free(executable->output_kind_sizes);
+  free(executable->parameter_kinds);
+  free(executable->parameter_kind_sizes);
   free(executable);
   atomic_fetch_sub(&executable_count, 1);
 }
@@ -204,10 +304,10 @@ static PJRT_Error* executable_new(PJRT_Client* client, PyObject* object, const c
             read_text(object, "fingerprint", &executable->fingerprint, &executable->fingerprint_size) &&
             read_int(object, "code_size", &executable->code_size) && read_int(object, "cost", &executable->cost) &&
             read_bool(object, "effects", &executable->effects) && read_bool(object, "direct", &executable->direct) &&
-            read_bool(object, "waits", &executable->waits) &&
+            read_bool(object, "waits", &executable->waits) && read_devices(object, executable) &&
             read_types(object, "parameter_types", &executable->parameters) &&
             read_types(object, "output_types", &executable->outputs) && read_host_flags(object, executable) &&
-            read_donated(object, executable) && fill_outputs(executable);
+            read_donated(object, executable) && fill_outputs(executable) && read_memories(object, executable);
   if (!ok) {
     PJRT_Error* cause = error_from_python(hook);
     executable_release(executable);
@@ -318,30 +418,35 @@ PJRT_Error* Executable_Serialize(PJRT_Executable_Serialize_Args* args) {
 PJRT_Error* Executable_OptimizedProgram(PJRT_Executable_OptimizedProgram_Args* args) {
   REFUSE_IF_CLOSED();
   PJRT_Executable* executable = args->executable;
-  if (!caller_has_gil()) /* jaxlib, which asks three times a compile; `as_text` asks with the GIL */
+  /* jaxlib asks three times a compile, for shardings only; `as_text` asks with the GIL */
+  if (executable->shards == 1 && !caller_has_gil())
     return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the optimized program of %s", executable->name);
   PJRT_Program* program = args->program;
   PJRT_Error* error = NULL;
   PyGILState_STATE gil = PyGILState_Ensure();
   if (!executable->program) {
-    PyObject* bytes = hook_call(HOOK_optimized_program, PyTuple_Pack(1, executable->object));
-    if (!bytes) {
+    PyObject* pair = hook_call(HOOK_optimized_program, PyTuple_Pack(1, executable->object));
+    PyObject *format, *bytes;
+    if (!pair) {
       error = error_from_python("optimized_program");
-    } else if (bytes == Py_None) {
+    } else if (pair == Py_None) {
       error = error_new(PJRT_Error_Code_UNIMPLEMENTED, "the optimized program of %s", executable->name);
-    } else if (!PyBytes_Check(bytes)) {
-      error = INTERNAL("hook optimized_program did not return bytes or None");
+    } else if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2 || !PyBytes_Check(format = PyTuple_GetItem(pair, 0)) ||
+               !PyBytes_Check(bytes = PyTuple_GetItem(pair, 1))) {
+      error = INTERNAL("hook optimized_program did not return two bytes or None");
     } else if (!executable->program) {
+      Py_INCREF(format);
       Py_INCREF(bytes);
+      Py_XDECREF(executable->format);
+      executable->format = format; /* stays: the caller looks at its text */
       executable->program = bytes;
     }
-    Py_XDECREF(bytes);
+    Py_XDECREF(pair);
   }
   if (!error) {
     size_t size = (size_t)PyBytes_Size(executable->program);
-    static const char format[] = "mlir";
-    program->format = format;
-    program->format_size = sizeof format - 1;
+    program->format = PyBytes_AsString(executable->format);
+    program->format_size = (size_t)PyBytes_Size(executable->format);
     if (program->code && program->code_size < size) {
       error = INVALID("%zu bytes do not hold a program of %zu", program->code_size, size);
     } else if (program->code) {
@@ -394,17 +499,17 @@ PJRT_Error* Executable_Name(PJRT_Executable_Name_Args* args) {
 }
 
 PJRT_Error* Executable_NumReplicas(PJRT_Executable_NumReplicas_Args* args) {
-  args->num_replicas = 1;
+  args->num_replicas = args->executable->replicas;
   return NULL;
 }
 
 PJRT_Error* Executable_NumPartitions(PJRT_Executable_NumPartitions_Args* args) {
-  args->num_partitions = 1;
+  args->num_partitions = args->executable->partitions;
   return NULL;
 }
 
 PJRT_Error* Executable_NumOutputs(PJRT_Executable_NumOutputs_Args* args) {
-  args->num_outputs = args->executable->outputs.count;
+  args->num_outputs = args->executable->outputs.count / args->executable->shards;
   return NULL;
 }
 
@@ -427,28 +532,28 @@ PJRT_Error* LoadedExecutable_Fingerprint(PJRT_LoadedExecutable_Fingerprint_Args*
 
 PJRT_Error* Executable_OutputElementTypes(PJRT_Executable_OutputElementTypes_Args* args) {
   args->output_types = args->executable->output_types;
-  args->num_output_types = args->executable->outputs.count;
+  args->num_output_types = args->executable->outputs.count / args->executable->shards;
   return NULL;
 }
 
 PJRT_Error* Executable_OutputDimensions(PJRT_Executable_OutputDimensions_Args* args) {
-  args->num_outputs = args->executable->outputs.count;
+  args->num_outputs = args->executable->outputs.count / args->executable->shards;
   args->dims = args->executable->outputs.dims;
   args->dim_sizes = args->executable->output_ranks;
   return NULL;
 }
 
 PJRT_Error* Executable_OutputMemoryKinds(PJRT_Executable_OutputMemoryKinds_Args* args) {
-  args->num_outputs = args->executable->outputs.count;
-  args->memory_kinds = args->executable->memory_kinds;
-  args->memory_kind_sizes = args->executable->memory_kind_sizes;
+  args->num_outputs = args->executable->outputs.count / args->executable->shards;
+  args->memory_kinds = args->executable->output_kinds;
+  args->memory_kind_sizes = args->executable->output_kind_sizes;
   return NULL;
 }
 
 PJRT_Error* Executable_ParameterMemoryKinds(PJRT_Executable_ParameterMemoryKinds_Args* args) {
-  args->num_parameters = args->executable->parameters.count;
-  args->memory_kinds = args->executable->memory_kinds;
-  args->memory_kind_sizes = args->executable->memory_kind_sizes;
+  args->num_parameters = args->executable->parameters.count / args->executable->shards;
+  args->memory_kinds = args->executable->parameter_kinds;
+  args->memory_kind_sizes = args->executable->parameter_kind_sizes;
   return NULL;
 }
 
@@ -465,11 +570,12 @@ PJRT_Error* Executable_GetCompileOptions(PJRT_Executable_GetCompileOptions_Args*
 PJRT_Error* Executable_GetCompiledMemoryStats(PJRT_Executable_GetCompiledMemoryStats_Args* args) {
   PJRT_Executable* executable = args->executable;
   int64_t arguments = 0, outputs = 0, aliases = 0;
-  for (size_t i = 0; i < executable->parameters.count; i++) {
+  for (size_t i = 0; i < executable->parameters.count / executable->shards; i++) {
     arguments += (int64_t)executable->parameters.items[i].nbytes;
     if (executable->donated && executable->donated[i]) aliases += (int64_t)executable->parameters.items[i].nbytes;
   }
-  for (size_t i = 0; i < executable->outputs.count; i++) outputs += (int64_t)executable->outputs.items[i].nbytes;
+  for (size_t i = 0; i < executable->outputs.count / executable->shards; i++)
+    outputs += (int64_t)executable->outputs.items[i].nbytes;
   if (aliases > outputs) aliases = outputs;
   ZERO_FROM(args, generated_code_size_in_bytes);
 #define SET(field, value) \
@@ -508,25 +614,22 @@ PJRT_Error* LoadedExecutable_IsDeleted(PJRT_LoadedExecutable_IsDeleted_Args* arg
 }
 
 PJRT_Error* LoadedExecutable_AddressableDevices(PJRT_LoadedExecutable_AddressableDevices_Args* args) {
-  args->addressable_devices = args->executable->executable->client->devices;
-  args->num_addressable_devices = 1;
+  args->addressable_devices = args->executable->executable->devices;
+  args->num_addressable_devices = args->executable->executable->shards;
   return NULL;
 }
 
 PJRT_Error* LoadedExecutable_AddressableDeviceLogicalIds(PJRT_LoadedExecutable_AddressableDeviceLogicalIds_Args* args) {
-  static PJRT_LogicalDeviceIds ids[1] = {{.replica = 0, .partition = 0}};
-  args->addressable_device_logical_ids = ids;
-  args->num_addressable_device_logical_ids = 1;
+  args->addressable_device_logical_ids = args->executable->executable->logical;
+  args->num_addressable_device_logical_ids = args->executable->executable->shards;
   return NULL;
 }
 
 static void keep_assignment(PJRT_DeviceAssignmentSerialized* assignment) { (void)assignment; }
 
 PJRT_Error* LoadedExecutable_GetDeviceAssignment(PJRT_LoadedExecutable_GetDeviceAssignment_Args* args) {
-  /* DeviceAssignmentProto {replica_count: 1, computation_count: 1, computation_devices: {replica_device_ids: 0}} */
-  static const char proto[] = "\x08\x01\x10\x01\x1a\x03\x0a\x01\x00";
-  args->serialized_bytes = proto;
-  args->serialized_bytes_size = sizeof proto - 1;
+  args->serialized_bytes = args->executable->executable->assignment;
+  args->serialized_bytes_size = args->executable->executable->assignment_size;
   args->serialized_device_assignment = NULL;
   args->serialized_device_assignment_deleter = keep_assignment;
   return NULL;

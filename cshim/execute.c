@@ -331,21 +331,25 @@ static PJRT_Error* no_memory(void) {
   return error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory to execute a program");
 }
 
-/* New handles for cells, whose references it takes; all of them, or none. */
-static PJRT_Error* wrap_outputs(PJRT_Executable* executable, Cell** cells, PJRT_Buffer** out) {
-  size_t count = executable->outputs.count;
+/* New handles for cells, whose references it takes; all of them, or none. `only`, if not NULL, is the device of a program for any one. */
+static PJRT_Error* wrap_outputs(PJRT_Executable* executable, Cell** cells, PJRT_Device* only, PJRT_Buffer** const* lists) {
+  size_t count = executable->outputs.count, each = count / executable->shards;
+#define OUT(i) lists[(i) / each][(i) % each]
   for (size_t i = 0; i < count; i++) {
     const Type* type = &executable->outputs.items[i];
-    out[i] = buffer_new(executable->client, cells[i], type->type, type->nbytes, type->ndim, type->dims);
-    if (out[i]) continue;
+    PJRT_Device* device = only ? only : executable->devices[i / each];
+    PJRT_Memory* memory = device->memories[executable->output_memories[i % each]];
+    OUT(i) = buffer_new(memory, cells[i], type->type, type->nbytes, type->ndim, type->dims);
+    if (OUT(i)) continue;
     for (size_t j = i + 1; j < count; j++) cell_release(cells[j]);
     for (size_t j = 0; j < i; j++) {
-      PJRT_Buffer_Destroy_Args destroy = {.struct_size = sizeof destroy, .buffer = out[j]};
+      PJRT_Buffer_Destroy_Args destroy = {.struct_size = sizeof destroy, .buffer = OUT(j)};
       Buffer_Destroy(&destroy);
-      out[j] = NULL;
+      OUT(j) = NULL;
     }
     return no_memory();
   }
+#undef OUT
   return NULL;
 }
 
@@ -462,12 +466,15 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
 PJRT_Error* LoadedExecutable_Execute(PJRT_LoadedExecutable_Execute_Args* args) {
   REFUSE_IF_CLOSED();
   PJRT_Executable* executable = args->executable->executable;
-  size_t count = args->num_args, outputs = executable->outputs.count;
+  size_t shards = executable->shards, count = args->num_args * shards, outputs = executable->outputs.count;
   if (atomic_load_explicit(&args->executable->deleted, memory_order_relaxed))
     return INVALID("the executable %s has been deleted", executable->name);
-  if (args->num_devices != 1) return INVALID("%s runs on 1 device, not on %zu", executable->name, args->num_devices);
+  if (args->num_devices != shards)
+    return INVALID("%s runs on %zu device%s, not on %zu", executable->name, shards, shards == 1 ? "" : "s",
+                   args->num_devices);
   if (count != executable->parameters.count)
-    return INVALID("%s takes %zu arguments, got %zu", executable->name, executable->parameters.count, count);
+    return INVALID("%s takes %zu arguments, got %zu", executable->name,
+                   executable->parameters.count / shards, args->num_args);
   atomic_fetch_add_explicit(&execute_count, 1, memory_order_relaxed);
 
   Cell* few[32];
@@ -480,19 +487,25 @@ PJRT_Error* LoadedExecutable_Execute(PJRT_LoadedExecutable_Execute_Args* args) {
     if (fewer) memcpy(fewer, executable->donated, count * sizeof *fewer);
     for (size_t i = 0; i < options->num_non_donatable_input_indices && fewer; i++) {
       int64_t index = options->non_donatable_input_indices[i];
-      if (index >= 0 && (size_t)index < count) fewer[index] = false;
+      if (index < 0 || (size_t)index >= args->num_args) continue;
+      for (size_t shard = 0; shard < shards; shard++) fewer[shard * args->num_args + (size_t)index] = false;
     }
   }
+  PJRT_Buffer** joined = NULL; /* the arguments of all devices, one after the other */
+  if (shards > 1 && (joined = malloc((count + 1) * sizeof *joined)))
+    for (size_t i = 0; i < count; i++) joined[i] = args->argument_lists[i / args->num_args][i % args->num_args];
+  PJRT_Buffer* const* buffers = shards > 1 ? joined : count ? args->argument_lists[0] : NULL;
   PJRT_Event* done = NULL;
-  PJRT_Error* error = !cells || (executable->donated && !donated)
+  PJRT_Error* error = !cells || (executable->donated && !donated) || (shards > 1 && !joined)
                           ? no_memory()
-                          : execute(executable, count ? args->argument_lists[0] : NULL, cells, count, donated,
-                                    cells + count, &done);
+                          : execute(executable, buffers, cells, count, donated, cells + count, &done);
   if (!error) {
-    error = wrap_outputs(executable, cells + count, args->output_lists[0]);
-    if (args->device_complete_events && !error) args->device_complete_events[0] = done ? done : &event_ready;
-    else event_release(done);
+    error = wrap_outputs(executable, cells + count, shards == 1 ? args->execute_device : NULL, args->output_lists);
+    for (size_t shard = 0; shard < shards && args->device_complete_events && !error; shard++)
+      args->device_complete_events[shard] = done ? event_retain(done) : &event_ready;
+    event_release(done);
   }
+  free(joined);
   if (cells != few) free(cells);
   free(fewer);
   return error;

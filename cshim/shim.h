@@ -149,15 +149,14 @@ struct PJRT_DeviceDescription {
   size_t attribute_count;
 };
 struct PJRT_Memory {
-  PJRT_Client* client;
-  int id;
+  PJRT_Device* device;
+  int id, kind_id;
   char *kind, *debug_string, *to_string;
 };
 struct PJRT_Device {
   PJRT_Client* client;
   PJRT_DeviceDescription description;
-  PJRT_DeviceDescription* descriptions[1];
-  PJRT_Memory* memories[1];
+  PJRT_Memory** memories; /* by kind; the first is the default */
 };
 struct PJRT_TopologyDescription {
   PJRT_Client* client;
@@ -165,10 +164,12 @@ struct PJRT_TopologyDescription {
 struct PJRT_Client {
   char *platform_name, *platform_version;
   bool is_on_cpu;
-  PJRT_Device device;
-  PJRT_Memory memory;
   PJRT_TopologyDescription topology;
-  PJRT_Device* devices[1];
+  size_t device_count; /* by id, from 0: all of them are MLX's one device */
+  PJRT_Device** devices;
+  PJRT_DeviceDescription** descriptions;
+  size_t memory_count; /* of each device: names for one and the same memory */
+  PJRT_Memory** memories;
 };
 typedef struct {
   int64_t eager_cost, lazy_limit, lazy_bytes;
@@ -182,7 +183,7 @@ void named_values_free(PJRT_NamedValue* values, size_t count);
 
 /* ---- buffers.c ---- */
 struct PJRT_Buffer {
-  PJRT_Client* client;
+  PJRT_Memory* memory;
   Cell* cell;    /* state lock; NULL once deleted and without external references */
   long external; /* state lock */
   atomic_bool deleted;
@@ -196,7 +197,7 @@ struct PJRT_Buffer {
 };
 extern atomic_long buffer_count;
 extern atomic_llong buffer_bytes;
-PJRT_Buffer* buffer_new(PJRT_Client* client, Cell* cell, PJRT_Buffer_Type type, size_t nbytes, size_t ndim,
+PJRT_Buffer* buffer_new(PJRT_Memory* memory, Cell* cell, PJRT_Buffer_Type type, size_t nbytes, size_t ndim,
                         const int64_t* dims); /* takes the reference to the cell */
 Cell* buffer_delete(PJRT_Buffer* buffer); /* state lock held; the cell to release, or NULL */
 bool nbytes_of(PJRT_Buffer_Type type, const int64_t* dims, size_t ndim, size_t* nbytes);
@@ -222,16 +223,23 @@ struct PJRT_Executable {
   size_t name_size, fingerprint_size, options_size;
   int64_t code_size, cost;
   bool effects, direct, waits;
+  size_t replicas, partitions;
+  size_t shards;               /* replicas * partitions: parameters and outputs are those of one after the other */
+  PJRT_Device** devices;       /* of each shard; shard = replica * partitions + partition */
+  PJRT_LogicalDeviceIds* logical;
+  char* assignment;
+  size_t assignment_size;
   Types parameters, outputs;
   bool* output_is_host;
   bool* donated; /* by parameter; NULL when none is */
   PJRT_Buffer_Type* output_types;
   size_t* output_ranks;
-  const char** memory_kinds; /* enough for parameters and outputs alike */
-  size_t* memory_kind_sizes;
+  size_t* output_memories; /* which of their device's */
+  const char **parameter_kinds, **output_kinds;
+  size_t *parameter_kind_sizes, *output_kind_sizes;
   PJRT_NamedValue* costs; /* once asked for; state lock */
   size_t cost_count;
-  PyObject* program; /* between the two calls of OptimizedProgram; GIL */
+  PyObject *program, *format; /* between the two calls of OptimizedProgram; GIL */
   /* Guarded by the lock: */
   PyObject* callable;
   PyObject* leading;

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from jax_mps.config import settings
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +89,21 @@ def jax_config() -> Any:
     import jax
 
     return jax.config
+
+
+def device_count(kind: str) -> int:
+    """How many devices the client has. All are MLX's one: where that is the processor, JAX's two ways to ask for several cpu devices hold,
+    the option jax_num_cpu_devices and XLA's flag; JAX_MPS_NUM_DEVICES goes before them, and for a GPU.
+
+    Raises:
+        InvalidOption: the variable is no number of devices.
+    """
+    chosen = settings().num_devices
+    if chosen is None and kind == "cpu":
+        option = getattr(jax_config(), "jax_num_cpu_devices", -1)
+        flag = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+        chosen = option if option >= 1 else int(flag[-1]) if flag else None
+    return max(chosen or 1, 1)
 
 
 def stablehlo_versions() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -315,6 +334,23 @@ def _with_mps(platforms: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((*names, PLATFORM) if "cpu" in names else names for names in platforms)
 
 
+@_feature("exported for cpu", _after)
+def _exported_for_cpu() -> None:
+    """A function that was exported for cpu, and not for mps, runs: what it calls by name is known here, and its numbers are those of cpu."""
+    from jax._src.export import _export
+    from jax._src.interpreters import mlir
+
+    original = mlir._lowerings[_export.call_exported_p]
+
+    def lower(ctx: Any, *operands: Any, exported: Any) -> Any:
+        module = ctx.module_context
+        if tuple(module.platforms) == (PLATFORM,) and PLATFORM not in exported.platforms and "cpu" in exported.platforms:
+            ctx = ctx.replace(module_context=module.replace(platforms=("cpu",)))
+        return original.rule(ctx, *operands, exported=exported)
+
+    mlir.register_lowering(_export.call_exported_p, lower, platform=PLATFORM)
+
+
 @_feature("persistent cache", _after)
 def _persistent_cache() -> None:
     """JAX's own compilation cache, where the user turns it on: it is for platforms on a list inside one function."""
@@ -452,12 +488,13 @@ def _emit(
     *,
     has_side_effect: bool,
     returns_token: bool = True,
+    partitioned: bool = False,
     sharding: Any = None,
     **options: Any,
 ) -> tuple[Sequence[Any], Any, Any]:
     """JAX's `emit_python_callback`; for mps, a custom call that names the function's entry in our table."""
     if original is not None and tuple(ctx.module_context.platforms) != (PLATFORM,):
-        given = {"has_side_effect": has_side_effect, "returns_token": returns_token, "sharding": sharding, **options}
+        given = {"has_side_effect": has_side_effect, "returns_token": returns_token, "partitioned": partitioned, "sharding": sharding, **options}
         return original(ctx, callback, token, operands, operand_avals, result_avals, **given)  # type: ignore[no-any-return]
 
     from jaxlib.mlir import ir
@@ -477,6 +514,8 @@ def _emit(
         backend_config=ir.StringAttr.get(entry.marker),
         api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 2),
     )
+    if partitioned:  # each of several devices calls with its own part (host/several.py)
+        call.attributes[callbacks.PARTITIONED] = ir.UnitAttr.get()
     if sharding is not None:
         _annotate(ctx.module_context, call, sharding, first_is_token=bool(tokens and types))
     results = list(call.results)

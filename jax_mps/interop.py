@@ -46,5 +46,8 @@ def explain(compiled: Any) -> str:
     """See `jax_mps.explain`."""
     from jax_mps.pjrt.entry import client
 
-    program = client().program(compat.fingerprint(compiled))
-    return describe(program)
+    fingerprint = compat.fingerprint(compiled)
+    devices = len(compiled.runtime_executable().local_devices())
+    if devices > 1:
+        return f"a program for {devices} devices\n  host (XLA CPU)\n    the whole of it: XLA partitions it and runs its collectives"
+    return describe(client().program(fingerprint))

@@ -26,6 +26,7 @@ RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
     "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "approx_top_k", "ffi targets",
     "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
+    "exported for cpu",
 }  # fmt: skip
 
 
@@ -316,6 +317,26 @@ def test_export(name: str) -> None:
     exported = jax.export.export(jax.jit(f), platforms=["mps"])(MATRIX)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_array_equal(np.asarray(again.call(MATRIX)), np.asarray(jax.jit(f)(MATRIX)))
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("tpu", "cpu")], ids="+".join)
+def test_what_was_exported_for_cpu_runs(platforms: tuple[str, ...]) -> None:
+    """It takes cpu's branch of what depends on the platform, and cpu's LAPACK."""
+    pytest.importorskip("flatbuffers")
+
+    def f(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.platform_dependent(x, cpu=jnp.sin, tpu=jnp.cos), x @ x.T if "tpu" in platforms else jnp.linalg.cholesky(x @ x.T)
+
+    exported = jax.export.deserialize(jax.export.export(jax.jit(f), platforms=platforms)(MATRIX).serialize())
+    for got, want in zip(exported.call(MATRIX), jax.jit(f)(jax.device_put(MATRIX, jax.devices("cpu")[0])), strict=True):
+        assert got.devices() == {jax.devices("mps")[0]}
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_exported_for_others_is_refused() -> None:
+    exported = jax.export.export(jax.jit(lambda x: x + 1), platforms=["tpu"])(X)
+    with pytest.raises(ValueError, match="tpu"):
+        exported.call(X)
 
 
 def test_fingerprints_find_programs() -> None:

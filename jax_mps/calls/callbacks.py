@@ -21,6 +21,7 @@ from jax_mps.errors import FAILED_PRECONDITION, INTERNAL, JaxMpsError
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 TARGET = "mps_python_callback"
+PARTITIONED = "mps.partitioned"  # an attribute of the call
 
 Array = np.ndarray[Any, Any]
 

@@ -1,4 +1,4 @@
-"""Annotations of shardings, layouts and memories: the identity on one device."""
+"""Annotations of shardings, layouts, memories and order: the identity on one device."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def annotation(op: Step) -> Run:
     if not is_identity_call(op):
         raise Unsupported(op, "operands and results differ in type, which takes more than one device")
     return lambda *operands: operands
+
+
+@lowers("custom_call:control_dep")
+def control_dependency(op: Step) -> Run:
+    """`jax.experimental.control_deps`: a hint that one op come before another. Values never change, so any order is right."""
+    if op.results:
+        raise Unsupported(op, "a control dependency has no results")
+    return lambda *operands: ()

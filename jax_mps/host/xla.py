@@ -146,7 +146,7 @@ class _Executable:
         try:
             puts = [cpu.put(aval, a) for aval, a in zip(self._avals, arrays, strict=True)]
             results = self._loaded.execute_sharded(puts).disassemble_into_single_device_arrays()
-            outputs = [_to_numpy(shards[0]) for shards in results]
+            outputs = [to_numpy(shards[0]) for shards in results]
             for put in puts:  # an input that the program does not read may still be in copy
                 put.block_until_ready()
         except Exception as error:
@@ -154,7 +154,7 @@ class _Executable:
         return outputs
 
 
-def _to_numpy(result: Any) -> Array:
+def to_numpy(result: Any) -> Array:
     """XLA's array as a NumPy view; waits for it."""
     if result.dtype.isbuiltin == 1:
         return np.asarray(memoryview(result))

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
@@ -26,7 +26,12 @@ from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, impo
 from jax_mps.plan.segments import Device
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
+if TYPE_CHECKING:
+    from jax_mps.pjrt.sharded import ShardedExecutable
+
 log = logging.getLogger(__name__)
+
+AnyExecutable: TypeAlias = "Executable | ShardedExecutable"
 
 # Programs kept alive in memory though no executable uses them, by the bytes of their modules.
 _KEEP_BYTES = 64 << 20
@@ -49,23 +54,32 @@ class Client:
 
     # ---- compile -----------------------------------------------------------------------------------------------------------------
 
-    def compile(self, code: bytes, options: bytes) -> Executable:
+    def compile(self, code: bytes, options: bytes) -> AnyExecutable:
         """An executable for a StableHLO module.
 
         Raises:
-            InvalidProgram: the bytes or the options cannot be read, or ask for more than one device.
+            InvalidProgram: the bytes or the options cannot be read.
             Unsupported: a step that nothing here can run.
+            Refused, HostError: a program for several devices that the host cannot run, or may not.
         """
         chosen = compile_options.read(options)
         form, markers = callbacks.renumber(code)
         raw = key(("code", form), *self.environment(chosen))
         identity = _identity(raw, markers)
+
+        def source() -> bytes:
+            return compile_options.pack(code, options)
+
+        if chosen.count > 1:
+            from jax_mps.pjrt.sharded import ShardedExecutable
+
+            return ShardedExecutable(code, options, chosen, bytes.fromhex(identity), source)
         known = self.recall(identity)
         if known is None:
             known = self.load_by_alias(raw, markers) or self.load_or_translate(code, raw, markers, chosen)
             self.remember(identity, *known, len(code))
         program, name = known
-        return Executable(program, name, bytes.fromhex(identity), lambda: compile_options.pack(code, options))
+        return Executable(program, name, bytes.fromhex(identity), source, chosen.devices)
 
     def environment(self, chosen: compile_options.CompileOptions) -> tuple[tuple[str, str], ...]:
         """The named parts of a key that are not the program: whatever else changes the result."""

@@ -15,8 +15,9 @@ from jax_mps import runtime
 from jax_mps._shim import ffi, lib
 from jax_mps.errors import INTERNAL, RESOURCE_EXHAUSTED, InvalidProgram, JaxMpsError
 from jax_mps.pjrt import buffer, options
-from jax_mps.pjrt.client import Client
+from jax_mps.pjrt.client import AnyExecutable, Client
 from jax_mps.pjrt.executable import Executable
+from jax_mps.plan.tensors import MEMORY_KINDS
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ def plugin_attributes() -> dict[str, Any]:
 
 
 def client_create(given: dict[str, Any]) -> dict[str, Any]:
-    """What the client, its one device and memory say of themselves."""
+    """What the client, its devices and their memories say of themselves."""
+    from jax_mps import compat
+
     device = runtime.device()
     client()
     names = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
@@ -57,8 +60,8 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
         "platform_name": "mps",
         "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({device.kind})",
         "device_kind": f"MLX {device.kind} {device.architecture}",
-        "device_string": f"mps:0 (MLX {names[device.kind]})",
-        "memory_kind": "device",
+        "device_strings": tuple(f"mps:{i} (MLX {names[device.kind]})" for i in range(compat.device_count(device.kind))),
+        "memory_kinds": MEMORY_KINDS,
         "is_on_cpu": device.kind != "cuda",
         "attributes": {"mlx_device": device.kind, "architecture": device.architecture},
         "eager_cost": EAGER_COST,
@@ -73,24 +76,24 @@ def client_destroy() -> None:
         _client.forget()
 
 
-def compile(code: bytes, format: str, given: bytes) -> Executable:
+def compile(code: bytes, format: str, given: bytes) -> AnyExecutable:
     """Compile a program."""
     if format != "mlir":
         raise InvalidProgram(f"programs of format {format!r} are not known here; StableHLO comes as 'mlir'")
     return client().compile(code, given)
 
 
-def load(serialized: bytes, given: bytes) -> Executable:
+def load(serialized: bytes, given: bytes) -> AnyExecutable:
     """Load what `serialize` made."""
     code, packed = options.unpack(serialized)
     return client().compile(code, packed)
 
 
-def serialize(executable: Executable) -> bytes:
+def serialize(executable: AnyExecutable) -> bytes:
     """The program and its options as bytes; a program with callbacks means nothing in another process."""
     from jax_mps.pjrt.client import has_callbacks
 
-    if has_callbacks(executable.program):
+    if isinstance(executable, Executable) and has_callbacks(executable.program):
         raise NotSerializable("a program with callbacks into Python cannot be serialized")
     return executable.source()
 
@@ -111,12 +114,9 @@ class NotSerializable(JaxMpsError):
     code = 12
 
 
-def optimized_program(executable: Executable) -> bytes | None:
-    """The program as it was compiled, in MLIR's bytecode: what JAX shows as HLO by `compiled.as_text()`."""
-    from jax_mps.plan import build
-
-    code, _ = options.unpack(executable.source())
-    return build.bytecode(build.parse(code))
+def optimized_program(executable: AnyExecutable) -> tuple[bytes, bytes]:
+    """A program's format and bytes, from which JAX reads shardings and what `compiled.as_text()` shows."""
+    return executable.optimized_program()
 
 
 def memory_stats() -> dict[str, int]:
@@ -128,7 +128,7 @@ def memory_stats() -> dict[str, int]:
     }
 
 
-def cost_analysis(executable: Executable) -> dict[str, float]:
+def cost_analysis(executable: AnyExecutable) -> dict[str, float]:
     """Nothing yet that could be vouched for."""
     return {}
 
@@ -147,7 +147,7 @@ def prepare(executable: Executable, run: int) -> tuple[Callable[..., Any], tuple
     return executable.prepare(run)
 
 
-def execute(executable: Executable, arguments: list[Any]) -> Sequence[Any]:
+def execute(executable: AnyExecutable, arguments: list[Any]) -> Sequence[Any]:
     return executable.execute(arguments)
 
 

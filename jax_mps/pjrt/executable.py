@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from jax_mps import runtime
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
+from jax_mps.pjrt.options import Devices, unpack
 from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Callback, Device, Segment, compiled, wants_compile
@@ -19,21 +21,25 @@ from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
 
 log = logging.getLogger(__name__)
 
+_TOKEN = np.zeros((), bool)
+
 
 class Executable:
     """A program under the name and options that one compile call gave it. C reads the attributes once (cshim/README.md)."""
 
-    def __init__(self, program: Program, name: str, fingerprint: bytes, source: Callable[[], bytes]) -> None:
+    def __init__(self, program: Program, name: str, fingerprint: bytes, source: Callable[[], bytes], devices: Devices) -> None:
         announce_host(program)
         self.program = program
         self.source = source  # what `serialize` stores
         self.name = name
         self.fingerprint = fingerprint
+        self.devices = devices
         self.code_size = 0
-        self.parameter_types = tuple(_pjrt(t) for t in program.parameters)
-        self.output_types = tuple(_pjrt(t) for t in program.results)
+        self.parameter_types = tuple(pjrt_type(t) for t in program.parameters)
+        self.output_types = tuple(pjrt_type(t) for t in program.results)
         self.output_is_host = tuple(t.dtype not in DEVICE_DTYPES for t in program.results)
         self.donated = program.donated
+        self.parameter_memories, self.output_memories = program.memories
         self.effects = program.effects
         function = program.direct
         self.function: Device | None = function if function is not None and not any(self.output_is_host) else None
@@ -41,7 +47,15 @@ class Executable:
         self.waits = _waits(program)
         self.cost = self.function.cost if self.function else 0
         self.copied = program.identities
+        self._tokens = [i for i, t in enumerate(program.parameters) if t.dtype == "token"]
         self.pinned = _callbacks(program.segments())
+
+    def optimized_program(self) -> tuple[bytes, bytes]:
+        """Its format and bytes: the program as it was compiled, which JAX shows as HLO by `compiled.as_text()`."""
+        from jax_mps.plan import build
+
+        code, _ = unpack(self.source())
+        return b"mlir", build.bytecode(build.parse(code))
 
     def prepare(self, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
         """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
@@ -54,9 +68,11 @@ class Executable:
         return compiled(function), leading, False
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:
-        """Run the program on the executor's thread; `arguments` is emptied as values die."""
+        """Run the program on the executor's thread; `arguments` is emptied as values die. What JAX passes for a token is a bool of any shape."""
+        for place in self._tokens:
+            arguments[place] = _TOKEN
         results = self.program.block.run(arguments)
-        return [_result(v, t) for v, t in zip(results, self.program.results, strict=True)]
+        return [result_value(v, t) for v, t in zip(results, self.program.results, strict=True)]
 
 
 def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:
@@ -75,11 +91,11 @@ def _waits(program: Program) -> bool:
     return not program.effects and any(isinstance(s, Callback) for s in program.segments())
 
 
-def _pjrt(kind: TensorType) -> tuple[int, tuple[int, ...]]:
+def pjrt_type(kind: TensorType) -> tuple[int, tuple[int, ...]]:
     return NUMBERS[kind.dtype], kind.shape
 
 
-def _result(value: Any, kind: TensorType) -> Any:
+def result_value(value: Any, kind: TensorType) -> Any:
     """A result as buffers hold it: device dtypes on the device, host dtypes as NumPy."""
     if kind.dtype in DEVICE_DTYPES and not isinstance(value, mx.array):
         with runtime.locked():

@@ -1,4 +1,4 @@
-"""The few fields of XLA's CompileOptionsProto that matter to one device, read without protobuf.
+"""The few fields of XLA's CompileOptionsProto that matter here, read without protobuf.
 
 The option bytes are not deterministic between processes (a map inside is in random order), so they are never hashed: `text` is.
 """
@@ -12,16 +12,23 @@ from dataclasses import dataclass
 
 from jax_mps.errors import InvalidProgram
 
+Devices = tuple[tuple[int, ...], ...]
+
 _MAGIC = b"jax-mps program 2\n"  # then a sha256 of the rest, since MLIR's reader may crash on damaged bytes
 
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """num_replicas, num_partitions; overrides: what the user gave to `jax.jit(..., compiler_options={...})`, sorted by name."""
+    """devices: of each replica, the ids of the devices that run its partitions; overrides: what the user gave to
+    `jax.jit(..., compiler_options={...})`, sorted by name."""
 
-    num_replicas: int = 1
-    num_partitions: int = 1
+    devices: Devices = ((0,),)
     overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Of devices."""
+        return sum(map(len, self.devices))
 
     def text(self) -> str:
         """The overrides, for a key."""
@@ -29,7 +36,7 @@ class CompileOptions:
 
 
 def read(options: bytes) -> CompileOptions:
-    """Read a serialized CompileOptionsProto (fields 3 = executable_build_options {4, 5}, 7 = map of overrides).
+    """Read a serialized CompileOptionsProto (fields 3 = executable_build_options {4, 5, 9}, 7 = map of overrides).
 
     Raises:
         InvalidProgram: the bytes are no protobuf message.
@@ -37,21 +44,44 @@ def read(options: bytes) -> CompileOptions:
     """
     try:
         replicas = partitions = 1
+        assignment = b""
         overrides: list[tuple[str, str]] = []
-        for number, value in _fields(options):
+        for number, value in fields(options):
             if number == 3 and isinstance(value, bytes):
-                build = dict(_fields(value))
+                build = dict(fields(value))
                 replicas, partitions = (int(build.get(n, 1) or 1) for n in (4, 5))
+                assignment = bytes(build.get(9, b"") or b"")
             elif number == 7 and isinstance(value, bytes):
-                entry = dict(_fields(value))
+                entry = dict(fields(value))
                 overrides.append((_text(entry.get(1, b"")), repr(_override(entry.get(2, b"")))))
-    except (IndexError, ValueError, struct.error) as error:
+        devices = _devices(assignment, replicas, partitions)
+    except (IndexError, ValueError, TypeError, struct.error) as error:
         raise InvalidProgram(f"the compile options are no CompileOptionsProto: {error}") from error
     if overrides:
         from jax_mps.host.xla import check_options
 
         check_options(options)
-    return CompileOptions(replicas, partitions, tuple(sorted(overrides)))
+    return CompileOptions(devices, tuple(sorted(overrides)))
+
+
+def _devices(assignment: bytes, replicas: int, partitions: int) -> Devices:
+    """A DeviceAssignmentProto's rows {computation_devices = 3 {replica_device_ids = 1}} by replica; by default the first devices."""
+    if not assignment:
+        return tuple(tuple(range(r * partitions, (r + 1) * partitions)) for r in range(replicas))
+    columns = []
+    for number, column in fields(assignment):
+        if number == 3 and isinstance(column, bytes):
+            columns.append([i for n, ids in fields(column) if n == 1 for i in ([ids] if isinstance(ids, int) else _packed(ids))])
+    if len(columns) != partitions or any(len(column) != replicas for column in columns):
+        raise ValueError(f"the device assignment is not of {replicas} replicas and {partitions} partitions")
+    return tuple(zip(*columns, strict=True))
+
+
+def _packed(data: bytes) -> Iterator[int]:
+    position = 0
+    while position < len(data):
+        value, position = _varint(data, position)
+        yield value
 
 
 def _text(value: int | bytes) -> str:
@@ -59,10 +89,25 @@ def _text(value: int | bytes) -> str:
 
 
 def _override(value: int | bytes) -> list[tuple[int, int | bytes]]:
-    return list(_fields(value)) if isinstance(value, bytes) else []
+    return list(fields(value)) if isinstance(value, bytes) else []
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def field(number: int, value: bytes) -> bytes:
+    """A field of a protobuf message that is bytes, or a message itself."""
+    head = bytearray([number << 3 | 2])
+    size = len(value)
+    while size > 0x7F:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*head, size]) + value
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protobuf message by number; fixed-width ones as their bytes.
+
+    Raises:
+        ValueError, IndexError: it is none.
+    """
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)

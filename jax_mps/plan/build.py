@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import chlo, mhlo, mpmd, sdy, stablehlo
 from jax_mps.errors import InvalidProgram
 from jax_mps.plan import attributes
 from jax_mps.plan.defaults import complete
-from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
+from jax_mps.plan.types import MEMORY_KINDS, Memories, Plan, Region, Step, TensorType, Value
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,49 @@ def build(module: ir.Module, claims: Claims = lambda step: False, whole: Whole =
         raise InvalidProgram("the program holds a name that is not UTF-8") from error
 
 
+def donated(module: ir.Module) -> tuple[int, ...]:
+    """The positions of the arguments that a module may consume."""
+    return tuple(_donated(_main(module)))
+
+
+def memories(module: ir.Module) -> Memories:
+    """The kinds of memory of a module's arguments and results.
+
+    Raises:
+        InvalidProgram: a kind that no device here has.
+    """
+    main = _main(module)
+    return _memories(main, "arg_attrs"), _memories(main, "res_attrs")
+
+
+def _memories(main: ir.OpView, which: str) -> tuple[int, ...]:
+    if which not in main.attributes:
+        return ()
+    attrs = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes[which])]
+    kinds = [ir.StringAttr(a["mhlo.memory_kind"]).value if "mhlo.memory_kind" in a else MEMORY_KINDS[0] for a in attrs]
+    for kind in kinds:
+        if kind not in MEMORY_KINDS:
+            raise InvalidProgram(f"no device here has a memory of kind {kind!r}; there are {', '.join(MEMORY_KINDS)}")
+    return tuple(map(MEMORY_KINDS.index, kinds)) if any(kind != MEMORY_KINDS[0] for kind in kinds) else ()
+
+
+def _main(module: ir.Module) -> ir.OpView:
+    functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in module.body.operations if op.operation.name == "func.func"}
+    main = functions.get("main") or next(iter(functions.values()), None)
+    if main is None:
+        raise InvalidProgram("the module has no function")
+    return main
+
+
+def _donated(main: ir.OpView) -> Iterator[int]:
+    if "arg_attrs" not in main.attributes:
+        return
+    for position, attrs in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
+        named = ir.DictAttr(attrs)
+        if "tf.aliasing_output" in named or "jax.buffer_donor" in named:
+            yield position
+
+
 class _Builder:
     """One walk over a module. `scope` maps MLIR values to ours; it is copied on the way into a function or region."""
 
@@ -165,26 +208,17 @@ class _Builder:
         self.types: dict[ir.Type, TensorType] = {}
 
     def plan(self) -> Plan:
-        main = self.functions.get("main") or next(iter(self.functions.values()), None)
-        if main is None:
-            raise InvalidProgram("the module has no function")
+        main = _main(self.module)
         block = main.regions[0].blocks[0]
         attrs = self.module.operation.attributes
         return Plan(
             name=module_name(self.module),
             body=self.region(block, {}),
-            donated=tuple(self.donated(main)),
+            donated=tuple(_donated(main)),
+            memories=(_memories(main, "arg_attrs"), _memories(main, "res_attrs")),
             num_replicas=ir.IntegerAttr(attrs["mhlo.num_replicas"]).value if "mhlo.num_replicas" in attrs else 1,
             num_partitions=ir.IntegerAttr(attrs["mhlo.num_partitions"]).value if "mhlo.num_partitions" in attrs else 1,
         )
-
-    def donated(self, main: ir.OpView) -> Iterator[int]:
-        if "arg_attrs" not in main.attributes:
-            return
-        for position, attrs in enumerate(ir.ArrayAttr(main.attributes["arg_attrs"])):
-            named = ir.DictAttr(attrs)
-            if "tf.aliasing_output" in named or "jax.buffer_donor" in named:
-                yield position
 
     def type(self, kind: ir.Type) -> TensorType:
         known = self.types.get(kind)

@@ -22,7 +22,7 @@ from jax_mps import blas, runtime
 from jax_mps._shim import ffi, lib
 from jax_mps.counters import count
 from jax_mps.plan.segments import Block, Callback, Device, Host, Manifest, Segment, type_from_json, type_to_json
-from jax_mps.plan.tensors import TensorType
+from jax_mps.plan.tensors import Memories, TensorType
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,14 @@ class Program:
     donated: tuple[int, ...]
     block: Block
     effects: bool
+    memories: Memories = ((), ())  # of parameters and results, as in Plan
     manifest: Manifest = field(default_factory=dict)
     source: Program | None = None  # what `bind` made it from, alive with it so that the next one like it is made from that, too
 
     @property
     def direct(self) -> Device | None:
-        """The program's one device segment, if it is no more than that and no host dtype is among its values."""
-        return None if self.effects else self.block.function
+        """The program's one device segment, if it is no more than that and neither a host dtype nor a token is among its values."""
+        return None if self.effects or any(t.dtype == "token" for t in self.parameters) else self.block.function
 
     @property
     def identities(self) -> tuple[tuple[int, int], ...]:
@@ -55,7 +56,8 @@ class Program:
     def to_manifest(self) -> Manifest:
         fields = {"name": self.name, "donated": list(self.donated), "effects": self.effects, "format": FORMAT}
         types = {"parameters": [type_to_json(t) for t in self.parameters], "results": [type_to_json(t) for t in self.results]}
-        return {**fields, **types, "block": self.block.to_manifest()}
+        memories = {"memories": [list(kinds) for kinds in self.memories]} if any(self.memories) else {}
+        return {**fields, **types, **memories, "block": self.block.to_manifest()}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Any) -> Program:
@@ -70,7 +72,9 @@ class Program:
         block = Block.from_manifest(manifest["block"], files)
         if block.inputs != len(parameters) or len(block.outputs) != len(results):
             raise ValueError("the signature does not fit the block")
-        return cls(str(manifest["name"]), parameters, results, tuple(manifest["donated"]), block, bool(manifest["effects"]), manifest)
+        inputs, outputs = (tuple(map(int, kinds)) for kinds in manifest.get("memories", ((), ())))
+        donated, effects = tuple(manifest["donated"]), bool(manifest["effects"])
+        return cls(str(manifest["name"]), parameters, results, donated, block, effects, (inputs, outputs), manifest)
 
     def segments(self) -> Sequence[Segment]:
         return self.block.walk()

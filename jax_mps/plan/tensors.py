@@ -29,6 +29,11 @@ DEVICE_DTYPES: frozenset[str] = frozenset(
     + ["float16", "bfloat16", "float32", "complex64", "token"]
 )
 
+# What JAX calls the memories of a device, the default first. All of them are the one that MLX has.
+MEMORY_KINDS = ("device", "pinned_host", "unpinned_host")
+
+Memories = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """NumPy's dtype (ml_dtypes for what NumPy lacks) of an element type's name."""

@@ -36,7 +36,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     load_all()
     plan = build.build(module, claims, whole)
     if plan.num_replicas * plan.num_partitions > 1:
-        raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; this backend has one device")
+        raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; its options are for one device")
     where = target()
     unrolled = loops.unroll_short(plan.body, {}, lambda step: is_device_step(step) and refusal(step) is None)
     plan = rewrite(replace(plan, body=unrolled))
@@ -44,7 +44,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     files = ExportedFiles()
     block = _Assembler(files).block(draft)
     parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
-    program = Program(plan.name, parameters, results, plan.donated, block, effects=_effects(plan))
+    program = Program(plan.name, parameters, results, plan.donated, block, effects=_effects(plan), memories=plan.memories)
     program.manifest = program.to_manifest()
     return program, files
 

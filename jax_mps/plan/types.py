@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_mps.plan.tensors import DEVICE_DTYPES, DTYPES, MLIR_NAMES, TensorType, numpy_dtype
+from jax_mps.plan.tensors import DEVICE_DTYPES, DTYPES, MEMORY_KINDS, MLIR_NAMES, Memories, TensorType, numpy_dtype
 
-__all__ = ["DEVICE_DTYPES", "DTYPES", "MLIR_NAMES", "Plan", "Region", "Step", "TensorType", "Value", "numpy_dtype"]
+__all__ = ["DEVICE_DTYPES", "DTYPES", "MEMORY_KINDS", "MLIR_NAMES", "Memories", "Plan", "Region", "Step", "TensorType", "Value", "numpy_dtype"]
 
 _numbers = itertools.count()
 
@@ -119,11 +119,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A whole program: the entry function's arguments, steps and results; `donated` lists argument positions that may be consumed."""
+    """A whole program: the entry function's arguments, steps and results; `donated` lists argument positions that may be consumed.
+
+    `memories` holds the kinds of memory that arguments and results are in (indices into MEMORY_KINDS); either may be empty, for the default.
+    """
 
     name: str
     body: Region
     donated: tuple[int, ...] = ()
+    memories: Memories = ((), ())
     num_replicas: int = 1
     num_partitions: int = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import constants, indices, norms, softmax, special, table, threefry
+from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.table import Rewrite, Table
 
 whole = threefry.whole  # for functions that JAX calls, before they are inlined
@@ -49,6 +50,7 @@ TABLES: tuple[Table, ...] = (
 
 def rewrite(plan: Plan) -> Plan:
     """The plan in its best form."""
+    plan = drop_empty(plan)
     for rows in TABLES:
         plan = table.apply(plan, rows)
     return plan

@@ -229,3 +229,17 @@ def test_what_cannot_fit_is_refused() -> None:
     """MLX's CPU allocator does not check; a terabyte would be the end of the process."""
     with pytest.raises(Exception, match="GiB"):
         jax.block_until_ready(jax.jit(lambda: jnp.sin(jnp.arange(1 << 19, dtype=jnp.float32)[:, None] + jnp.arange(1 << 19, dtype=jnp.float32)) * 2)())
+
+
+def test_exit_after_ordered_effects(tmp_path: Path) -> None:
+    """JAX waits for its tokens at exit, when the plugin's own end is past: no error, nothing said."""
+    ran = run(
+        """
+        from jax.experimental import io_callback
+        f = jax.jit(lambda x: io_callback(lambda v: v, jax.ShapeDtypeStruct((), np.float32), x, ordered=True))
+        report(value=float(f(np.float32(2))))
+        """,
+        tmp_path,
+    )
+    assert ran.report["value"] == 2
+    assert "Exception" not in ran.output

@@ -21,6 +21,8 @@ class Program:
         self.name = getattr(run, "__name__", "program")
         self.fingerprint = b"\0\1finger"
         self.code_size = 12
+        self.devices = ((0,),)
+        self.parameter_memories = self.output_memories = ()
         self.parameter_types = ((dtype, shape),) * inputs
         self.output_types = ((dtype, shape),) * outputs
         self.output_is_host = (False,) * outputs
@@ -790,7 +792,7 @@ def case_a_program_that_is_waited_for():
 
 def case_optimized_program():
     """The optimized program is asked for its size, then for itself; without the GIL it is jaxlib that asks, at each compile."""
-    install(optimized_program=lambda exe: b"module {}")
+    install(optimized_program=lambda exe: (b"mlir", b"module {}"))
     exe = executable_of(double)
     program = table.new("PJRT_Program*", {})
     fails(lambda: table.Executable_OptimizedProgram(executable=exe, program=program), code=12)
@@ -845,6 +847,71 @@ def case_tables():
     fails(lambda: table.Client_DefaultDeviceAssignment(num_replicas=2, **assignment), code=3)
     layout = table.Buffer_GetMemoryLayout(buffer=table.put(client, np.zeros((2, 3), np.float32))).layout
     assert list(layout.tiled.minor_to_major[0:2]) == [1, 0]
+
+
+def case_several_devices():
+    """A program for several devices takes and gives the buffers of each; its metadata are those of one."""
+    several = {"device_strings": ("a", "b", "c"), "memory_kinds": ("device", "elsewhere")}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | several)
+    other = table.client()
+    devices = table.Client_Devices(client=other)
+    assert [table.DeviceDescription_Id(device_description=table.Device_GetDescription(device=d).device_description).id for d in devices.devices[0:3]] == [
+        0, 1, 2,
+    ]  # fmt: skip
+    assert devices.num_devices == 3
+    assert table.Client_AddressableMemories(client=other).num_addressable_memories == 6
+    fails(lambda: table.Client_LookupDevice(client=other, id=3), "no device 3", "0 to 2", code=3)
+    out = table.new("int[]", 2)
+    table.Client_DefaultDeviceAssignment(
+        client=other, num_replicas=1, num_partitions=2, default_assignment_size=2, default_assignment=out
+    )
+    assert list(out) == [0, 1]
+
+    swap = Program(None, 2, 2, direct=False, devices=((2, 1),), output_memories=(1,), donated=(0, 1))
+    programs[b"next"] = swap
+    loaded = table.compile(other, b"next")
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | several, execute=lambda exe, values: values[::-1])
+    exe = table.LoadedExecutable_GetExecutable(loaded_executable=loaded).executable
+    assert table.Executable_NumPartitions(executable=exe).num_partitions == 2
+    assert table.Executable_NumReplicas(executable=exe).num_replicas == 1
+    assert table.Executable_NumOutputs(executable=exe).num_outputs == 1
+    kinds = table.Executable_OutputMemoryKinds(executable=exe)
+    assert (kinds.num_outputs, ffi.buffer(kinds.memory_kinds[0], kinds.memory_kind_sizes[0])[:]) == (1, b"elsewhere")
+    assigned = table.LoadedExecutable_GetDeviceAssignment(executable=loaded)
+    assert ffi.buffer(assigned.serialized_bytes, assigned.serialized_bytes_size)[:] == b"\x08\1\x10\2\x1a\3\x0a\1\2\x1a\3\x0a\1\1"
+    logical = table.LoadedExecutable_AddressableDeviceLogicalIds(executable=loaded)
+    assert [(i.replica, i.partition) for i in logical.addressable_device_logical_ids[0:2]] == [(0, 0), (0, 1)]
+
+    inputs = [table.put(other, np.full(4, v, np.float32)) for v in (1, 2)]
+    moved = table.Buffer_CopyToDevice(buffer=inputs[1], dst_device=devices.devices[2]).dst_buffer
+    assert table.Buffer_Device(buffer=moved).device == devices.devices[2]
+    fails(lambda: table.execute(loaded, [inputs[0]]), "2 devices", code=3)
+    lists = [table.new("PJRT_Buffer*[]", [b]) for b in inputs]
+    results = [table.new("PJRT_Buffer*[]", 1) for _ in inputs]
+    events = table.new("PJRT_Event*[]", 2)
+    table.LoadedExecutable_Execute(
+        executable=loaded,
+        options=table.new("PJRT_ExecuteOptions*", {}),
+        argument_lists=table.new("PJRT_Buffer**[]", lists),
+        num_devices=2,
+        num_args=1,
+        output_lists=table.new("PJRT_Buffer**[]", results),
+        device_complete_events=events,
+    )
+    assert all(table.Buffer_IsDeleted(buffer=b).is_deleted for b in inputs)
+    for device, value, (buffer,) in zip((2, 1), (2, 1), results, strict=True):
+        np.testing.assert_array_equal(table.read(buffer), np.full(4, value))
+        assert table.Buffer_Device(buffer=buffer).device == devices.devices[device]
+        memory = table.Buffer_Memory(buffer=buffer).memory
+        assert table.Memory_Id(memory=memory).id == 2 * device + 1
+        assert table.Memory_Kind_Id(memory=memory).kind_id == 1
+    for event in events:
+        table.Event_Await(event=event)
+        table.Event_Destroy(event=event)
+    table.destroy(*inputs, moved, *(r[0] for r in results))
+    for wrong in ({"devices": ((0, 3),)}, {"devices": ((0,), (1, 2))}, {"devices": ()}, {"output_memories": (2,)}):
+        fails(lambda wrong=wrong: load(Program(None, 2, 2, **wrong)), "did not return an executable")
+    install()
 
 
 # ---- the lock ----

@@ -161,6 +161,8 @@ class Executable:
             main = next(op for op in module.body.operations if op.operation.attributes["sym_name"].value == "main")
             self.read(main.operation, ir)
         self.code = code
+        self.devices = ((0,),)
+        self.parameter_memories = self.output_memories = ()
         self.fingerprint = self.name.encode()
         self.code_size = len(code)
         self.output_is_host = tuple(dtype == 12 for dtype, _ in self.output_types)
@@ -250,8 +252,8 @@ HOOKS = {
         "platform_name": "mps",
         "platform_version": "toy 1",
         "device_kind": "toy",
-        "device_string": "ToyDevice(id=0)",
-        "memory_kind": "device",
+        "device_strings": tuple(f"ToyDevice(id={i})" for i in range(1)),
+        "memory_kinds": ("device",),
         "is_on_cpu": True,
         "attributes": {"toy": True, "cores": 2, "dims": (1, 2)},
         "eager_cost": 10**6,
