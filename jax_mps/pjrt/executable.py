@@ -37,7 +37,7 @@ class Executable:
         self.code_size = 0
         self.parameter_types = tuple(pjrt_type(t) for t in program.parameters)
         self.output_types = tuple(pjrt_type(t) for t in program.results)
-        self.output_is_host = tuple(t.dtype not in DEVICE_DTYPES for t in program.results)
+        self.output_is_host = tuple(map(is_host, program.results))
         self.donated = program.donated
         self.parameter_memories, self.output_memories = program.memories
         self.effects = program.effects
@@ -95,8 +95,15 @@ def pjrt_type(kind: TensorType) -> tuple[int, tuple[int, ...]]:
     return NUMBERS[kind.dtype], kind.shape
 
 
+def is_host(kind: TensorType) -> bool:
+    """Whether buffers hold values of the type as NumPy arrays: host dtypes, and tokens, which are there as soon as a program has run."""
+    return kind.dtype == "token" or kind.dtype not in DEVICE_DTYPES
+
+
 def result_value(value: Any, kind: TensorType) -> Any:
-    """A result as buffers hold it: device dtypes on the device, host dtypes as NumPy."""
+    """A result as buffers hold it."""
+    if kind.dtype == "token":
+        return _TOKEN
     if kind.dtype in DEVICE_DTYPES and not isinstance(value, mx.array):
         with runtime.locked():
             return mx_array(value, kind.dtype)

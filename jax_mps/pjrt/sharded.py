@@ -10,9 +10,8 @@ from typing import Any
 from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.host import several
-from jax_mps.pjrt.executable import pjrt_type, result_value
+from jax_mps.pjrt.executable import is_host, pjrt_type, result_value
 from jax_mps.pjrt.options import CompileOptions, field, fields
-from jax_mps.plan.tensors import DEVICE_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class ShardedExecutable:
         self._results = program.results * devices
         self.parameter_types = tuple(map(pjrt_type, program.parameters)) * devices
         self.output_types = tuple(map(pjrt_type, self._results))
-        self.output_is_host = tuple(t.dtype not in DEVICE_DTYPES for t in self._results)
+        self.output_is_host = tuple(map(is_host, self._results))
         _announce(self.name, devices)
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:
