@@ -35,8 +35,16 @@ STUB(CopyToDeviceStream_GranuleSize)
 STUB(CopyToDeviceStream_TotalBytes)
 STUB(Device_CreateAsyncTrackingEvent)
 STUB(Device_PoisonExecution)
-STUB(TopologyDescription_Create)
 STUB(TopologyDescription_Deserialize)
+
+/* jaxlib 0.10 to 0.12 holds the GIL while another of its threads compiles for a topology without a client: the compiler, which is Python,
+ * would wait for ever. */
+PJRT_Error* TopologyDescription_Create(PJRT_TopologyDescription_Create_Args* args) {
+  (void)args;
+  return error_new(PJRT_Error_Code_UNIMPLEMENTED,
+                   "PJRT_TopologyDescription_Create: topology not implemented; jax.experimental.topologies.get_attached_topology() has this "
+                   "process's devices");
+}
 
 /* The framework casts what it gets to non-const, but nobody writes to it. */
 static const PJRT_Api api = {

@@ -339,6 +339,15 @@ def test_what_was_exported_for_others_is_refused() -> None:
         exported.call(X)
 
 
+def test_topologies() -> None:
+    """Compiling ahead of time is for this process's own devices; a topology without a client is refused, where jaxlib would hang."""
+    from jax.experimental import topologies
+
+    assert list(topologies.get_attached_topology(platform="mps").devices) == jax.devices("mps")
+    with pytest.raises(Exception, match="get_attached_topology"):
+        topologies.get_topology_desc(platform="mps")
+
+
 def test_fingerprints_find_programs() -> None:
     """`explain` takes what `compile` returns, and says so otherwise."""
     compiled = jax.jit(lambda x: x + 1).lower(X).compile()
