@@ -34,6 +34,7 @@ void shim_reacquire(int depth);
 void shim_finalize(void);
 void shim_forked(void);
 int shim_stopping(void);
+int shim_evaluates_at_once(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
 void shim_watch_interrupts(int on);

@@ -176,6 +176,14 @@ void cell_set_ready(Cell* cell) {
   leave_record(cell, true);
 }
 
+PyObject* cell_take(Cell* cell) {
+  if (cell->references > 1 || cell->view) return NULL;
+  PyObject* value = cell->value;
+  cell->value = NULL;
+  leave_record(cell, false); /* nobody may evaluate what is not there */
+  return value;
+}
+
 State cell_settle(Cell* cell) {
   Record* record = cell->state == LAZY ? cell->record : NULL;
   if (record && record->error) cell_fail(cell, record->error);

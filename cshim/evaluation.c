@@ -9,6 +9,8 @@ void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&dispatched, c
 
 static bool is_short(void) { return atomic_load(&dispatched) - atomic_load(&finished_cost) < 8 * laziness.eager_cost; }
 
+bool evaluates_at_once(void) { return laziness.evaluate_now && !laziness.sentinel && is_short(); }
+
 /* ---- batches: one stream runs them in order ---- */
 static uint64_t last_batch, finished_batch; /* state lock */
 static Batch* dead_batches;                 /* whose `started` is to be dropped; state lock */

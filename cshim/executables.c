@@ -95,18 +95,19 @@ static bool read_types(PyObject* object, const char* attribute, Types* types) {
   return ok;
 }
 
-static bool read_host_flags(PyObject* object, PJRT_Executable* executable) {
+static bool read_states(PyObject* object, PJRT_Executable* executable) {
+  static const State states[] = {LAZY, HOST, READY};
   size_t count = executable->outputs.count;
-  PyObject* flags = read_tuple(object, "output_is_host");
-  if (!flags) return false;
-  bool ok = (size_t)PyTuple_Size(flags) == count || bad("output_is_host has not one entry for each output");
-  executable->output_is_host = calloc(count + 1, sizeof(bool));
+  PyObject* numbers = read_tuple(object, "output_states");
+  if (!numbers) return false;
+  bool ok = (size_t)PyTuple_Size(numbers) == count || bad("output_states has not one entry for each output");
+  executable->output_states = calloc(count + 1, sizeof *executable->output_states);
   for (size_t i = 0; i < count && ok; i++) {
-    int host = PyObject_IsTrue(PyTuple_GetItem(flags, (Py_ssize_t)i));
-    ok = host >= 0;
-    executable->output_is_host[i] = host > 0;
+    long number = PyLong_AsLong(PyTuple_GetItem(numbers, (Py_ssize_t)i));
+    ok = !PyErr_Occurred() && ((number >= 0 && number < (long)COUNT_OF(states)) || bad("output_states holds an unknown state"));
+    if (ok) executable->output_states[i] = states[number];
   }
-  Py_DECREF(flags);
+  Py_DECREF(numbers);
   return ok;
 }
 
@@ -261,7 +262,7 @@ static void executable_free(PJRT_Executable* executable) {
   free(executable->name);
   free(executable->fingerprint);
   free(executable->options);
-  free(executable->output_is_host);
+  free(executable->output_states);
   free(executable->donated);
   free(executable->devices);
   free(executable->logical);
@@ -304,9 +305,9 @@ static PJRT_Error* executable_new(PJRT_Client* client, PyObject* object, const c
             read_text(object, "fingerprint", &executable->fingerprint, &executable->fingerprint_size) &&
             read_int(object, "code_size", &executable->code_size) && read_int(object, "cost", &executable->cost) &&
             read_bool(object, "effects", &executable->effects) && read_bool(object, "direct", &executable->direct) &&
-            read_bool(object, "waits", &executable->waits) && read_devices(object, executable) &&
-            read_types(object, "parameter_types", &executable->parameters) &&
-            read_types(object, "output_types", &executable->outputs) && read_host_flags(object, executable) &&
+            read_bool(object, "waits", &executable->waits) && read_bool(object, "prompt", &executable->prompt) &&
+            read_devices(object, executable) && read_types(object, "parameter_types", &executable->parameters) &&
+            read_types(object, "output_types", &executable->outputs) && read_states(object, executable) &&
             read_donated(object, executable) && fill_outputs(executable) && read_memories(object, executable);
   if (!ok) {
     PJRT_Error* cause = error_from_python(hook);

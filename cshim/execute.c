@@ -1,4 +1,4 @@
-/* Execute: straight-line programs on the caller's thread, everything else as a job for the executor. */
+/* Execute: straight-line and prompt programs on the caller's thread, everything else as a job for the executor. */
 #include "shim.h"
 
 atomic_llong execute_count;
@@ -77,7 +77,7 @@ static PJRT_Error* check_results(PyObject* results, size_t expected, const char*
 static PJRT_Error* ask_to_schedule(PJRT_Executable* executable, Cell* const* outputs) {
   PyObject* values = PyList_New(0);
   for (size_t i = 0; i < executable->outputs.count && values; i++)
-    if (!executable->output_is_host[i] && PyList_Append(values, outputs[i]->value) != 0) Py_CLEAR(values);
+    if (executable->output_states[i] == LAZY && PyList_Append(values, outputs[i]->value) != 0) Py_CLEAR(values);
   if (!values) return error_from_python("schedule");
   lock_with_gil();
   PyObject* done = PyList_Size(values) ? hook_call(HOOK_schedule, PyTuple_Pack(1, values)) : Py_NewRef(Py_None);
@@ -98,7 +98,7 @@ static PJRT_Error* ask_to_schedule(PJRT_Executable* executable, Cell* const* out
 static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
   size_t bytes = 0, count = executable->outputs.count;
   for (size_t i = 0; i < count; i++)
-    if (!executable->output_is_host[i]) bytes += executable->outputs.items[i].nbytes;
+    if (executable->output_states[i] == LAZY) bytes += executable->outputs.items[i].nbytes;
   lazy_bytes += (int64_t)bytes;
   lazy_count++;
   evaluation_started(executable->cost);
@@ -137,12 +137,11 @@ static Waiter* fill(PJRT_Executable* executable, Cell* const* inputs, size_t cou
     Cell* cell = outputs[i];
     cell->value = result_at(results, i);
     Py_INCREF(cell->value);
-    if (executable->output_is_host[i]) {
-      cell->state = HOST;
+    cell->state = executable->output_states[i];
+    if (cell->state != LAZY) {
       if (cell->event) waiters = waiters_join(event_complete(cell->event, NULL), waiters);
       continue;
     }
-    cell->state = LAZY;
     if (!record) record = record_new(inputs, count);
     record_adopt(record, cell);
   }
@@ -273,14 +272,22 @@ static PyObject* argument_list(Job* job) {
   for (size_t i = 0; i < job->input_count && list; i++) {
     Cell* cell = job->inputs[i];
     state_lock();
-    bool only = job->donated && job->donated[i] && cell->references == 1 && !cell->view;
+    PyObject* value = job->donated && job->donated[i] ? cell_take(cell) : NULL;
     state_unlock();
-    PyObject* value = cell->value;
-    if (only) cell->value = NULL;
-    else Py_INCREF(value);
+    if (!value) value = cell->value, Py_INCREF(value);
     PyList_SetItem(list, (Py_ssize_t)i, value);
   }
   return list;
+}
+
+/* Before evaluation starts: MLX writes into memory that only the graph holds. */
+static void drop_donated(Job* job) {
+  for (size_t i = 0; i < job->input_count && job->donated; i++) {
+    state_lock();
+    PyObject* value = job->donated[i] ? cell_take(job->inputs[i]) : NULL;
+    state_unlock();
+    if (value) drop_value(value);
+  }
 }
 
 static PJRT_Error* wait_for_inputs(Job* job) {
@@ -321,9 +328,36 @@ void job_run(Job* job) {
     state_unlock();
   }
   if (results) drop_value(results);
-  if (!error && executable->direct) schedule(executable, job->outputs);
+  if (!error && executable->direct) {
+    drop_donated(job);
+    schedule(executable, job->outputs);
+  }
   job_finish(job, error, waiters, true);
   error_release(error);
+}
+
+/* ---- prompt programs: over before a job could start ---- */
+static PJRT_Error* evaluate_inputs(Cell* const* inputs, size_t count) {
+  PJRT_Error* error = NULL;
+  PyGILState_STATE gil = PyGILState_Ensure();
+  for (size_t i = 0; i < count && !error; i++) error = cell_materialise(inputs[i]);
+  PyGILState_Release(gil);
+  return error;
+}
+
+/* GIL held. */
+static PJRT_Error* run_prompt(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results) {
+  PyObject* list = PyList_New((Py_ssize_t)count);
+  for (size_t i = 0; i < count && list; i++) {
+    PyObject* value = inputs[i]->value;
+    Py_INCREF(value);
+    PyList_SetItem(list, (Py_ssize_t)i, value);
+  }
+  *results = list ? hook_call(HOOK_execute, Py_BuildValue("(ON)", executable->object, list)) : NULL;
+  PJRT_Error* error = *results ? check_results(*results, executable->outputs.count, "execute", executable->name)
+                               : error_from_python(executable->name);
+  if (error) Py_CLEAR(*results);
+  return error;
 }
 
 /* ---- the entry ---- */
@@ -423,6 +457,8 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     return error;
   }
 
+  bool prompt = executable->prompt && !(states & 1u << PENDING) && (!(states & 1u << LAZY) || evaluates_at_once());
+  if (prompt && !failed && states & 1u << LAZY) failed = evaluate_inputs(inputs, count);
   if (failed) {
     state_lock();
     for (size_t i = 0; i < executable->outputs.count; i++) cell_fail(outputs[i], failed);
@@ -430,7 +466,7 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     if (executable->effects) *done = event_failed(error_retain(failed));
     error_release(failed);
     leave_arguments(buffers, inputs, count, donated);
-  } else if (!executable->direct || states & 1u << PENDING) {
+  } else if (!prompt && (!executable->direct || states & 1u << PENDING)) {
     Job* job = NULL;
     error = job_new(executable, inputs, count, donated, outputs, &job);
     if (!error) *done = event_retain(job->done);
@@ -446,7 +482,7 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
   } else {
     PyObject* results;
     PyGILState_STATE gil = PyGILState_Ensure();
-    error = run_direct(executable, inputs, count, &results);
+    error = (prompt ? run_prompt : run_direct)(executable, inputs, count, &results);
     if (!error) {
       state_lock();
       Waiter* none = fill(executable, inputs, count, results, outputs);

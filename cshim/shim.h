@@ -112,6 +112,7 @@ size_t records_join(Batch* batch, Cell*** cells); /* all LAZY cells in no batch 
 void records_fail(PJRT_Error* error); /* all whose batch is not over */
 void cell_fail(Cell* cell, PJRT_Error* error);
 void cell_set_ready(Cell* cell);
+PyObject* cell_take(Cell* cell); /* GIL held; the value of a cell that only the caller has, who is done with it; or NULL */
 Record* record_new(Cell* const* inputs, size_t count);
 void record_adopt(Record* record, Cell* cell);
 void record_release(Record* record);
@@ -137,6 +138,7 @@ struct Batch { /* values whose evaluation started together */
 void batch_unref(Batch* batch);         /* state lock held */
 bool batch_is_over(const Batch* batch); /* state lock held */
 void evaluation_started(int64_t cost);
+bool evaluates_at_once(void); /* little is under way, and who waits evaluates */
 PJRT_Error* evaluate_lazy(bool here); /* GIL held; starts all that is lazy, or ends it, if that is short and the caller may wait */
 PJRT_Error* cells_evaluate(Cell* const* cells, size_t count); /* GIL held; one record's; waits */
 PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
@@ -222,7 +224,7 @@ struct PJRT_Executable {
   char *name, *fingerprint, *options;
   size_t name_size, fingerprint_size, options_size;
   int64_t code_size, cost;
-  bool effects, direct, waits;
+  bool effects, direct, waits, prompt;
   size_t replicas, partitions;
   size_t shards;               /* replicas * partitions: parameters and outputs are those of one after the other */
   PJRT_Device** devices;       /* of each shard; shard = replica * partitions + partition */
@@ -230,7 +232,7 @@ struct PJRT_Executable {
   char* assignment;
   size_t assignment_size;
   Types parameters, outputs;
-  bool* output_is_host;
+  State* output_states; /* what each output is when its program has run: LAZY, READY or HOST */
   bool* donated; /* by parameter; NULL when none is */
   PJRT_Buffer_Type* output_types;
   size_t* output_ranks;

@@ -6,7 +6,8 @@ program is cut into segments and exported, never per call. Regions arrive lowere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ Lowering = Callable[..., Run]  # (step, *lowered regions) -> Run
 
 _lowerings: dict[str, Lowering] = {}
 _elementwise: set[str] = set()
-_definitions: dict[Value, Step] = {}  # of the steps that are being lowered together
+_scope = threading.local()  # its `definitions`: what the lowerer at work on this thread was told of
 
 
 def lowers(*names: str) -> Callable[[Lowering], Lowering]:
@@ -109,15 +110,60 @@ class LoweredRegion:
         return all(is_elementwise(s.step.name) or (s.step.name == "stablehlo.constant" and s.step.result.rank == 0) for s in self.steps)
 
 
+class Lowerer:
+    """Lowers the steps of one program, each once; lowerings can ask for the steps that it was told of."""
+
+    __slots__ = ("_definitions", "_lowered")
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        self._definitions: dict[Value, Step] = {}
+        self._lowered: dict[Step, LoweredStep | Unsupported] = {}
+        self.define(steps)
+
+    def define(self, steps: Iterable[Step]) -> None:
+        """Make the steps of a straight line known, before any of them is lowered."""
+        self._definitions.update((v, step) for step in steps for v in step.results)
+
+    def lower(self, step: Step) -> LoweredStep:
+        """The step as a function.
+
+        Raises:
+            Unsupported: the device cannot run it.
+        """
+        found = self._find(step)
+        if isinstance(found, Unsupported):
+            raise found
+        return found
+
+    def refusal(self, step: Step) -> str | None:
+        """Why the device cannot run a step; None if it can. (Its lowering decodes and checks; nothing is traced.)"""
+        found = self._find(step)
+        if not isinstance(found, Unsupported):
+            return None
+        return found.fact if found.op is step else f"{found.op.key} in its body: {found.fact}"
+
+    def _find(self, step: Step) -> LoweredStep | Unsupported:
+        found = self._lowered.get(step)
+        if found is None:
+            _scope.definitions = self._definitions
+            try:
+                found = LoweredStep(step)
+            except Unsupported as error:
+                found = error.with_traceback(None)  # which would hold this frame
+            finally:
+                _scope.definitions = {}
+            if all(v in self._definitions for v in step.results):  # else more may be known later
+                self._lowered[step] = found
+        return found
+
+
 def lower_steps(steps: Sequence[Step]) -> list[LoweredStep]:
     """Lower a straight line of steps; raises `Unsupported` for the first that the device cannot run."""
-    _definitions.update((v, step) for step in steps for v in step.results)
-    try:
-        return [LoweredStep(step) for step in steps]
-    finally:
-        _definitions.clear()
+    lowerer = Lowerer(steps)
+    return [lowerer.lower(step) for step in steps]
 
 
 def defining_step(value: Value) -> Step | None:
-    """The step that computes an operand, where the steps lowered with it include that step: for lowerings with a shorter way, never a must."""
-    return _definitions.get(value)
+    """The step that computes an operand, if the lowerer was told of it: for lowerings with a shorter way, never a must."""
+    definitions: dict[Value, Step] = getattr(_scope, "definitions", {})
+    return definitions.get(value)

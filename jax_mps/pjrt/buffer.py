@@ -19,7 +19,7 @@ _adopted: dict[int, Any] = {}
 
 
 # What C takes a value for (cshim/README.md).
-_LAZY, _HOST, _READY = 0, 1, 2
+LAZY, HOST, READY = 0, 1, 2
 
 
 def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, int]:
@@ -29,16 +29,16 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
         raise InvalidProgram(f"buffers of PJRT element type {dtype} are unknown to this plugin")
     array = np.frombuffer(view, numpy_dtype(name)).reshape(dims)
     if name not in DEVICE_DTYPES:
-        return array.copy(), _HOST
+        return array.copy(), HOST
     runtime.require_memory(array.nbytes)
     with runtime.locked():
-        return mx_array(array, name), _LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else _READY
+        return mx_array(array, name), LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else READY
 
 
 def adopt(address: int) -> tuple[Any, int] | None:
     """The value that `from_mlx` announced under the address of its stand-in."""
     value = _adopted.pop(address, None)
-    return None if value is None else (value, _LAZY if isinstance(value, mx.array) else _HOST)
+    return None if value is None else (value, LAZY if isinstance(value, mx.array) else HOST)
 
 
 def announce(address: int, value: Any) -> None:

@@ -25,6 +25,7 @@ from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
 from jax_mps.plan.segments import Device
 from jax_mps.plan.tensors import TensorType, numpy_dtype
+from jax_mps.selftest import files_work
 
 if TYPE_CHECKING:
     from jax_mps.pjrt.sharded import ShardedExecutable
@@ -178,8 +179,8 @@ class Client:
 
     @property
     def uncached(self) -> bool:
-        """Whether this process must not use function files: its first MLX stream is not ours."""
-        return not runtime.device().first
+        """Whether this process must not use function files."""
+        return not files_work()
 
     def load_or_translate(
         self, code: bytes, raw: Key, markers: Sequence[str], chosen: compile_options.CompileOptions

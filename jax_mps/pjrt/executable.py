@@ -12,16 +12,20 @@ import numpy as np
 from jax_mps import runtime
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
+from jax_mps.pjrt.buffer import HOST, LAZY, READY
 from jax_mps.pjrt.options import Devices, unpack
 from jax_mps.pjrt.types import NUMBERS
+from jax_mps.plan.fusion import compiled, wants_compile
 from jax_mps.plan.program import Program
-from jax_mps.plan.segments import Callback, Device, Segment, compiled, wants_compile
+from jax_mps.plan.segments import Callback, Device, Host, Segment
 from jax_mps.plan.show import announce_host
 from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
 
 log = logging.getLogger(__name__)
 
 _TOKEN = np.zeros((), bool)
+# Microseconds on the host that a call may take before it returns.
+PROMPT_WORK = 500
 
 
 class Executable:
@@ -37,16 +41,16 @@ class Executable:
         self.code_size = 0
         self.parameter_types = tuple(pjrt_type(t) for t in program.parameters)
         self.output_types = tuple(pjrt_type(t) for t in program.results)
-        self.output_is_host = tuple(map(is_host, program.results))
+        self.output_states = _states(program)
         self.donated = program.donated
         self.parameter_memories, self.output_memories = program.memories
         self.effects = program.effects
         function = program.direct
-        self.function: Device | None = function if function is not None and not any(self.output_is_host) else None
+        self.function: Device | None = function if function is not None and not any(self.output_states) else None
         self.direct = self.function is not None
         self.waits = _waits(program)
-        self.cost = self.function.cost if self.function else 0
-        self.copied = program.identities
+        self.prompt = not self.direct and is_prompt(program)
+        self.cost = sum(s.cost for s in program.segments() if isinstance(s, Device)) if self.direct or self.prompt else 0
         self._tokens = [i for i, t in enumerate(program.parameters) if t.dtype == "token"]
         self.pinned = _callbacks(program.segments())
 
@@ -68,11 +72,34 @@ class Executable:
         return compiled(function), leading, False
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:
-        """Run the program on the executor's thread; `arguments` is emptied as values die. What JAX passes for a token is a bool of any shape."""
+        """Run the program, on the executor's thread unless it is prompt; `arguments` is emptied as values die. What JAX passes for a token is a
+        bool of any shape."""
         for place in self._tokens:
             arguments[place] = _TOKEN
         results = self.program.block.run(arguments)
         return [result_value(v, t) for v, t in zip(results, self.program.results, strict=True)]
+
+
+def _states(program: Program) -> tuple[int, ...]:
+    """What each result is when the program has run (cshim/README.md): on CPU, what a host segment gave is copied into evaluated memory."""
+    given = {slot for node in program.block.nodes if isinstance(node.segment, Host) for slot in node.writes}
+    return tuple(_state(t, slot in given) for t, slot in zip(program.results, program.block.outputs, strict=True))
+
+
+def _state(kind: TensorType, from_host: bool) -> int:
+    if is_host(kind):
+        return HOST
+    return READY if from_host and runtime.device_kind() == "cpu" and kind.dtype != "bfloat16" else LAZY
+
+
+def is_prompt(program: Program) -> bool:
+    """Whether a program runs on the caller's thread: no loop, no callback, and on CPU, so little on the host that two changes of thread
+    (70 us) would take longer than to wait for it."""
+    segments = program.segments()
+    if runtime.device_kind() != "cpu" or program.effects or not all(isinstance(s, (Device, Host)) for s in segments):
+        return False
+    host = [s.work for s in segments if isinstance(s, Host)]
+    return None not in host and sum(w for w in host if w is not None) <= PROMPT_WORK
 
 
 def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:

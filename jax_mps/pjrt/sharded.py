@@ -10,6 +10,7 @@ from typing import Any
 from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.host import several
+from jax_mps.pjrt.buffer import HOST, LAZY
 from jax_mps.pjrt.executable import is_host, pjrt_type, result_value
 from jax_mps.pjrt.options import CompileOptions, field, fields
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 class ShardedExecutable:
     """What C reads of it (cshim/README.md): parameters and results of the first device, then of the second, and so on."""
 
-    direct = False
+    direct = prompt = False
     code_size = cost = 0
 
     def __init__(self, code: bytes, options: bytes, chosen: CompileOptions, fingerprint: bytes, source: Callable[[], bytes]) -> None:
@@ -49,7 +50,7 @@ class ShardedExecutable:
         self._results = program.results * devices
         self.parameter_types = tuple(map(pjrt_type, program.parameters)) * devices
         self.output_types = tuple(map(pjrt_type, self._results))
-        self.output_is_host = tuple(map(is_host, self._results))
+        self.output_states = tuple(HOST if is_host(t) else LAZY for t in self._results)
         _announce(self.name, devices)
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:

@@ -74,9 +74,8 @@ _SPREAD: dict[str, Callable[[ir.Attribute], dict[str, Any]]] = {
 }
 
 
-def decode(name: str, attribute: ir.Attribute) -> dict[str, Any]:
-    """One named attribute as the spec's attribute(s): an enum as its name, an array as a tuple, a dense one as a NumPy array."""
-    text = str(attribute)
+def decode(name: str, attribute: ir.Attribute, text: str) -> dict[str, Any]:
+    """One named attribute, as MLIR writes it, as the spec's attribute(s): an enum as its name, an array as a tuple, a dense one as a NumPy array."""
     for prefix, spread in _SPREAD.items():
         if text.startswith(prefix):
             return spread(attribute)

@@ -280,8 +280,9 @@ class _Builder:
         decoded: dict[str, Any] = {}
         text: list[tuple[str, str]] = []
         for name, attribute in _attributes(op):
-            text.append((name, str(attribute)))
-            decoded.update(attributes.decode(name, attribute))
+            written = str(attribute)
+            text.append((name, written))
+            decoded.update(attributes.decode(name, attribute, written))
         bare = Step(
             name=op.name,
             operands=self.flatten(op.operands, scope),
@@ -322,7 +323,7 @@ class _Builder:
         inner: dict[str, Any] = {}
         if "composite_attributes" in op.attributes:
             for named in ir.DictAttr(op.attributes["composite_attributes"]):
-                inner.update(attributes.decode(named.name, named.attr))
+                inner.update(attributes.decode(named.name, named.attr, str(named.attr)))
         step = Step(
             name=ir.StringAttr(op.attributes["name"]).value,
             operands=operands,

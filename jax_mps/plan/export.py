@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_mps import blas, runtime
 from jax_mps.ops.dtypes import MX, mx_array
-from jax_mps.ops.registry import LoweredStep, lower_steps
+from jax_mps.ops.registry import LoweredStep, Lowerer
 from jax_mps.plan.fanout import in_blocks
 from jax_mps.plan.types import Step, Value
 
@@ -54,10 +54,10 @@ def digest_of(value: np.ndarray[Any, Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
 
 
-def traceable(steps: Sequence[Step], reads: tuple[Value, ...], writes: tuple[Value, ...]) -> Traceable:
+def traceable(steps: Sequence[Step], reads: tuple[Value, ...], writes: tuple[Value, ...], lowerer: Lowerer) -> Traceable:
     """Lower the steps; large constants among them become leading inputs."""
     large = [s for s in steps if _is_large(s)]
-    lowered = lower_steps(in_blocks([s for s in steps if not _is_large(s)]))
+    lowered = [lowerer.lower(s) for s in in_blocks([s for s in steps if not _is_large(s)])]
     leading = [s.results[0] for s in large]
     constants = tuple(Constant(digest_of(s.value), s.value, s.result.dtype) for s in large)
     last = _last_use(lowered, writes)

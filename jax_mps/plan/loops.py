@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,10 +149,10 @@ def unroll(body: Region, initial: Sequence[Value], trips: int, counter: Counter,
     return tuple(carry)
 
 
-def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bool]) -> Region:
+def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bool], kept: Set[Step] = frozenset()) -> Region:
     """The region with every short loop of static trip count, inner ones first, replaced by copies of its body.
 
-    `fits` says whether the device can run a step; a loop with one that it cannot run is left alone.
+    `fits` says whether the device can run a step; a loop with one that it cannot run is left alone, and so are those in `kept`.
     """
     if not any(s.name == "stablehlo.while" for s in region.walk()):
         return region
@@ -160,13 +160,14 @@ def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bo
     names: dict[Value, Value] = {}
     steps: list[Step] = []
     for original in region.steps:
-        step = _renamed(original, names)
+        inner = original
+        if original.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if") and original not in kept:
+            inner = replace(original, regions=tuple(unroll_short(r, known, fits, kept) for r in original.regions))
+        step = _renamed(inner, names)
         if step.name == "stablehlo.constant":
-            known[step.results[0]] = step.value
-        if step.regions and step.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if"):
-            step = replace(step, regions=tuple(unroll_short(r, known, fits) for r in step.regions))
+            known[original.results[0]] = known[step.results[0]] = step.value
         results = step.results
-        if step.name == "stablehlo.while":
+        if step.name == "stablehlo.while" and original not in kept:
             step, results = without_invariants(step)
             carry = _unrolled(step, known, fits, steps)
             if carry is None:
@@ -201,21 +202,36 @@ def without_invariants(loop: Step) -> tuple[Step, tuple[Value, ...]]:
     return slimmer, tuple(loop.operands[i] if i in fixed else v for i, v in enumerate(loop.results))
 
 
-def _unrolled(step: Step, constants: Constants, fits: Callable[[Step], bool], steps: list[Step]) -> tuple[Value, ...] | None:
-    cond, body = step.regions
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A loop whose trip count is known when it is translated."""
+
+    counter: Counter
+    start: int
+    trips: int
+
+
+def static_trips(loop: Step, constants: Constants) -> Counted | None:
+    """How a loop counts, if its start and bound are constants."""
+    cond, body = loop.regions
     counter = find_counter(cond, body, constants)
     if counter is None:
         return None
-    start = constants.get(step.operands[counter.position])
-    bound = counter.bound if counter.bound_carry is None else _known(constants, step.operands[counter.bound_carry])
+    start = constants.get(loop.operands[counter.position])
+    bound = counter.bound if counter.bound_carry is None else _known(constants, loop.operands[counter.bound_carry])
     if counter.bound_capture is not None:
         bound = _known(constants, counter.bound_capture)
-    if start is None or bound is None or not in_range(counter, int(start), bound, step.operands[counter.position].type):
+    if start is None or bound is None or not in_range(counter, int(start), bound, loop.operands[counter.position].type):
         return None
-    trips = counter.trips(int(start), bound)
-    if trips * max(1, size(body)) > UNROLL_BUDGET or not all(fits(s) for s in body.steps):
+    return Counted(counter, int(start), counter.trips(int(start), bound))
+
+
+def _unrolled(loop: Step, constants: Constants, fits: Callable[[Step], bool], steps: list[Step]) -> tuple[Value, ...] | None:
+    body = loop.regions[1]
+    counted = static_trips(loop, constants)
+    if counted is None or counted.trips * max(1, size(body)) > UNROLL_BUDGET or not all(fits(s) for s in body.steps):
         return None
-    return unroll(body, step.operands, trips, counter, int(start), steps)
+    return unroll(body, loop.operands, counted.trips, counted.counter, counted.start, steps)
 
 
 def _known(constants: Constants, value: Value) -> int | None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from jax_mps.errors import Unsupported
 from jax_mps.plan import loops, scans
+from jax_mps.plan.boundary import COSTS, Costs, Group, Judge
 from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,14 @@ _CONTROL = frozenset(["stablehlo.while", "stablehlo.case", "stablehlo.if"])
 @dataclass(frozen=True, slots=True)
 class Target:
     """What can run where: `refusal` says why a step cannot run on the device (None if it can), `host_kind` how the host would run it
-    ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error."""
+    ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error; `costs` weigh a boundary between the two.
+    `define` is told of the steps of a block before it is asked about them."""
 
     refusal: Callable[[Step], str | None]
     host_kind: Callable[[Step], str | None]
+    define: Callable[[Iterable[Step]], None] = lambda steps: None
     forbid_host: bool = False
+    costs: Costs = COSTS["cpu"]
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +47,8 @@ class Draft:
     reads: tuple[Value, ...] = ()
     writes: tuple[Value, ...] = ()
     reasons: tuple[str, ...] = ()  # why a host node is there
+    joined: int = 0  # how many of its steps are there only since they are small
+    work: int | None = None  # microseconds that a host node takes, if they can be bounded
     cond: DraftBlock | None = None
     body: DraftBlock | None = None
     fused: DraftBlock | None = None
@@ -82,6 +88,14 @@ def partition(plan: Plan, target: Target) -> DraftBlock:
         Unsupported: a step that neither the device nor the host can run, or that only the host can while it is forbidden.
     """
     return _Cutter(target).block(own_results(plan.body, plan.donated), ())
+
+
+def host_loops(body: Region, target: Target) -> frozenset[Step]:
+    """The loops that go to the host whole: worth nothing unrolled."""
+    if target.forbid_host or not any(_Cutter(target).is_refused(s) for s in body.walk()):
+        return frozenset()
+    drafts = _Cutter(target).block(body, ()).walk()
+    return frozenset(s for draft in drafts if draft.kind == "host" for s in draft.steps if s.regions)
 
 
 def own_results(body: Region, donated: Sequence[int]) -> Region:
@@ -132,6 +146,7 @@ class _Cutter:
     def __init__(self, target: Target, constant_steps: Mapping[Value, Step] = MappingProxyType({})) -> None:
         self.target = target
         self.constant_steps = dict(constant_steps)
+        self.judge = Judge(target.costs, lambda s: not has_effects(s) and target.host_kind(s) == "xla", self.trips)
 
     def inner(self) -> _Cutter:
         return _Cutter(self.target, self.constant_steps)
@@ -146,6 +161,7 @@ class _Cutter:
         for step in steps:
             if step.name == "stablehlo.constant":
                 self.constant_steps[step.results[0]] = step
+        self.target.define(steps)
         draft = DraftBlock(region.arguments + captures, region.results)
         draft.nodes = self.nodes(steps, region.results)
         return draft
@@ -162,17 +178,24 @@ class _Cutter:
     # ---- nodes -------------------------------------------------------------------------------------------------------------------
 
     def nodes(self, steps: list[Step], outputs: tuple[Value, ...]) -> list[Draft]:
-        kinds, reasons = self.classify(steps, outputs)
+        reasons: dict[Step, str] = {}
+        kinds = {s: self.kind(s, reasons) for s in steps if s.name != "stablehlo.constant"}
+        self.join(kinds)
+        self.place_constants(steps, outputs, kinds)
         order = _schedule([s for s in steps if s in kinds], kinds)
         drafts = [self.draft(kind, group, reasons) for kind, group in order]
         self.wire(drafts, outputs)
         return drafts
 
-    def classify(self, steps: list[Step], outputs: tuple[Value, ...]) -> tuple[dict[Step, str], dict[Step, str]]:
-        """The kind of each step that needs a node; a constant gets one only where a value is needed outside device and host segments,
-        which hold copies."""
-        reasons: dict[Step, str] = {}
-        kinds = {s: self.kind(s, reasons) for s in steps if s.name != "stablehlo.constant"}
+    def join(self, kinds: dict[Step, str]) -> None:
+        """Move small steps to the host while that saves boundaries."""
+        moved = {s for s, kind in kinds.items() if kind == "host"}
+        while moved and not self.target.forbid_host:
+            moved = self.judge.moved(_schedule(list(kinds), kinds))
+            kinds.update(dict.fromkeys(moved, "host"))
+
+    def place_constants(self, steps: list[Step], outputs: tuple[Value, ...], kinds: dict[Step, str]) -> None:
+        """A constant needs a node of its own only where a value is needed outside device and host segments, which hold copies."""
         wanted = set(outputs)
         for step, kind in kinds.items():
             if kind not in ("device", "host"):
@@ -180,7 +203,11 @@ class _Cutter:
         for step in steps:
             if step.name == "stablehlo.constant" and step.results[0] in wanted:
                 kinds[step] = "device" if step.result.dtype in DEVICE_DTYPES else "host"
-        return kinds, reasons
+
+    def trips(self, loop: Step) -> int | None:
+        """How often a loop runs, if that is known now."""
+        counted = loops.static_trips(loop, {v: s.value for v, s in self.constant_steps.items()})
+        return counted.trips if counted else None
 
     def kind(self, step: Step, reasons: dict[Step, str]) -> str:
         if step.name in ("stablehlo.case", "stablehlo.if") and self.selectable(step):
@@ -209,14 +236,17 @@ class _Cutter:
         small = sum(loops.size(r) for r in step.regions) <= SELECT_BUDGET
         return small and not has_effects(step) and is_device_step(step) and self.target.refusal(step) is None
 
+    def is_refused(self, step: Step) -> bool:
+        """Whether the device cannot run a step that is neither control nor a constant."""
+        return step.name not in _CONTROL and step.name != "stablehlo.constant" and self.refusal(step) is not None
+
     def mostly_host(self, step: Step) -> bool:
-        """Whether more than half of a control step's own steps would go to the host through XLA, and all of it can."""
-        if self.target.forbid_host or has_effects(step):
+        """Whether a control step goes to the host whole: what the device could do of it is the lesser part, or not worth the boundaries."""
+        if self.target.forbid_host or not self.judge.movable(step):
             return False
         inner = [s for r in step.regions for s in r.walk() if s.name not in _CONTROL and s.name != "stablehlo.constant"]
-        refused = sum(1 for s in inner if self.refusal(s) is not None)
-        printable = all(s.text is not None and (s.name in _CONTROL or self.target.host_kind(s) in ("xla", None)) for s in inner)
-        return printable and 2 * refused > len(inner)
+        refused = {s for s in inner if self.is_refused(s)}
+        return 2 * len(refused) > len(inner) or self.judge.is_light(inner, refused)
 
     def draft(self, kind: str, group: list[Step], reasons: dict[Step, str]) -> Draft:
         if kind == "loop":
@@ -225,7 +255,9 @@ class _Cutter:
             return self.branch(group[0])
         read = [self.constant_steps[v] for v in _constants_read(group, (), self.constant_steps)]
         copies = [] if kind == "callback" else [s for s in read if s not in group]
-        return Draft(kind, copies + group, reasons=tuple(f"{s.key}: {reasons[s]}" for s in group if s in reasons))
+        why = tuple(f"{s.key}: {reasons[s]}" for s in group if s in reasons)
+        joined = sum(s not in reasons and s.name != "stablehlo.constant" for s in group) if kind == "host" else 0
+        return Draft(kind, copies + group, reasons=why, joined=joined, work=self.judge.bound(group) if kind == "host" else None)
 
     def wire(self, drafts: list[Draft], outputs: tuple[Value, ...]) -> None:
         """Fill in what each node reads of and writes for the others."""
@@ -300,7 +332,7 @@ def _constants_read(steps: Iterable[Step], results: Iterable[Value], known: Mapp
     return list(found)
 
 
-def _schedule(steps: list[Step], kinds: Mapping[Step, str]) -> list[tuple[str, list[Step]]]:
+def _schedule(steps: list[Step], kinds: Mapping[Step, str]) -> list[Group]:
     """Group steps by kind in dependency order: all ready device steps, then all ready host steps, then one control step, and again.
 
     Effects keep the program's order among themselves.
@@ -323,7 +355,7 @@ def _schedule(steps: list[Step], kinds: Mapping[Step, str]) -> list[tuple[str, l
     for step in steps:
         if waiting[step] == 0:
             ready[kinds[step]].append(step)
-    groups: list[tuple[str, list[Step]]] = []
+    groups: list[Group] = []
 
     def take(step: Step) -> None:
         for reader in readers[step]:

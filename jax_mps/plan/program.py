@@ -26,7 +26,7 @@ from jax_mps.plan.tensors import Memories, TensorType
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the manifest; raise it when its meaning changes
+FORMAT = 2  # of the manifest; raise it when its meaning changes
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
@@ -47,11 +47,6 @@ class Program:
     def direct(self) -> Device | None:
         """The program's one device segment, if it is no more than that and neither a host dtype nor a token is among its values."""
         return None if self.effects or any(t.dtype == "token" for t in self.parameters) else self.block.function
-
-    @property
-    def identities(self) -> tuple[tuple[int, int], ...]:
-        """(output, parameter) pairs where the program returns an argument as it is."""
-        return tuple((o, s) for o, s in enumerate(self.block.outputs) if s < self.block.inputs)
 
     def to_manifest(self) -> Manifest:
         fields = {"name": self.name, "donated": list(self.donated), "effects": self.effects, "format": FORMAT}

@@ -16,9 +16,9 @@ import numpy as np
 
 from jax_mps import runtime
 from jax_mps._shim import lib
-from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
+from jax_mps.plan.fusion import compiled, wants_compile
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 log = logging.getLogger(__name__)
@@ -81,20 +81,27 @@ def to_device(value: Any, dtype: str) -> mx.array:
 def to_host(values: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Values as NumPy arrays over evaluated memory (views where MLX's memory can be read in place)."""
     lazy = [v for v in values if isinstance(v, mx.array)]
-    if lazy:
-        runtime.evaluate(lazy)
-    return [host_array(v) if isinstance(v, mx.array) else v for v in values]
+    if not lazy:
+        return list(values)
+    runtime.evaluate(lazy)
+    with runtime.locked():
+        return [_view(v) if isinstance(v, mx.array) else v for v in values]
 
 
 def host_array(value: mx.array) -> np.ndarray[Any, Any]:
-    """An evaluated array as NumPy reads it; on CUDA from a copy, since reading moves an array to managed memory for good."""
+    """An array as NumPy reads it, evaluated now if it was not."""
+    with runtime.locked():
+        return _view(value)
+
+
+def _view(value: mx.array) -> np.ndarray[Any, Any]:
+    """An array as NumPy reads it, locked; on CUDA from a copy, since reading moves an array to managed memory for good."""
     if runtime.device_kind() == "cuda":
         value = mx.array(value)
-    with runtime.locked():
-        mx.eval(value)
-        if value.dtype == mx.bfloat16:
-            return np.asarray(value.view(mx.uint16)).view(numpy_dtype("bfloat16"))
-        return np.asarray(value)
+    mx.eval(value)
+    if value.dtype == mx.bfloat16:
+        return np.asarray(value.view(mx.uint16)).view(numpy_dtype("bfloat16"))
+    return np.asarray(value)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------------------
@@ -177,35 +184,6 @@ def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
 # ---- device ----------------------------------------------------------------------------------------------------------------------
 
 
-# On a GPU each fused kernel costs about a second the first time (then MLX finds it on disk), and a program has one for every few ops: one
-# of so many ops more is compiled a run later.
-_OPS_A_RUN = 32
-
-
-def wants_compile(runs: int, ops: int) -> bool | None:
-    """Whether a function that ran so often is to be compiled now; None: never. Not before its first run has made its constants real."""
-    chosen = settings().compile
-    if chosen == "0" or (chosen == "auto" and runtime.device_kind() == "cpu"):
-        return None
-    return runs >= (1 if chosen == "1" else 1 + ops // _OPS_A_RUN)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its elementwise ops fused; itself where MLX cannot (a result that is a constant, for one)."""
-    fused = mx.compile(function)
-
-    def call(*arrays: mx.array) -> Any:
-        nonlocal fused
-        try:
-            return fused(*arrays)
-        except ValueError as error:
-            log.debug("not compiled: %s", error)
-            fused = function
-            return function(*arrays)
-
-    return call
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class Device(Segment):
     """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
@@ -272,12 +250,15 @@ class Device(Segment):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Host(Segment):
-    """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device."""
+    """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device; `joined` of its ops are there only since they
+    are small (`boundary`). work: microseconds that it takes, roughly; None if nothing bounds them."""
 
     name: str
     inputs: tuple[TensorType, ...]
     outputs: tuple[TensorType, ...]
     reasons: tuple[str, ...]
+    joined: int
+    work: int | None
     files: Files
     _function: Callable[[list[Any]], list[Any]] | None = None
 
@@ -292,12 +273,14 @@ class Host(Segment):
 
     def to_manifest(self) -> Manifest:
         inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
-        return {"kind": "host", "name": self.name, "inputs": inputs, "outputs": outputs, "reasons": list(self.reasons)}
+        fields = {"name": self.name, "reasons": list(self.reasons), "joined": self.joined, "work": self.work}
+        return {"kind": "host", **fields, "inputs": inputs, "outputs": outputs}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Host:
         inputs, outputs = (tuple(type_from_json(t) for t in manifest[n]) for n in ("inputs", "outputs"))
-        return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), files)
+        joined, work = int(manifest["joined"]), manifest["work"] and int(manifest["work"])
+        return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), joined, work, files)
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -51,6 +51,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             yield f"{indent}host (XLA CPU): {len(segment.inputs)} in, {len(segment.outputs)} out"
             for reason in segment.reasons:
                 yield f"{indent}    because {reason}"
+            if segment.joined:
+                yield f"{indent}    with {segment.joined} ops beside them that take less time than a boundary"
         case Callback():
             yield f"{indent}callback into Python: {segment.target}"
         case Loop():

@@ -12,15 +12,17 @@ from jaxlib.mlir import ir
 from jax_mps import runtime
 from jax_mps.config import settings
 from jax_mps.counters import count
-from jax_mps.errors import InvalidProgram, Unsupported
+from jax_mps.errors import InvalidProgram
 from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
-from jax_mps.ops.registry import LoweredStep, has_lowering
+from jax_mps.ops.registry import Lowerer, has_lowering
 from jax_mps.plan import build, control, export, loops, segments
-from jax_mps.plan.partition import Draft, DraftBlock, Target, is_device_step, partition
+from jax_mps.plan.boundary import COSTS
+from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Plan, Step, TensorType, Value
 from jax_mps.rewrites import rewrite, whole
+from jax_mps.selftest import files_work
 
 log = logging.getLogger(__name__)
 
@@ -37,37 +39,31 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     plan = build.build(module, claims, whole)
     if plan.num_replicas * plan.num_partitions > 1:
         raise InvalidProgram(f"a program for {plan.num_replicas} replicas and {plan.num_partitions} partitions; its options are for one device")
-    where = target()
-    unrolled = loops.unroll_short(plan.body, {}, lambda step: is_device_step(step) and refusal(step) is None)
+    lowerer = Lowerer()
+    where = target(lowerer)
+    has_loops = any(s.name == "stablehlo.while" for s in plan.body.walk())
+    kept = host_loops(plan.body, where) if has_loops else frozenset()
+    unrolled = loops.unroll_short(plan.body, {}, lambda step: is_device_step(step) and lowerer.refusal(step) is None, kept)
     plan = rewrite(replace(plan, body=unrolled))
     draft = partition(plan, where)
     files = ExportedFiles()
-    block = _Assembler(files).block(draft)
+    block = _Assembler(files, lowerer).block(draft)
     parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
     program = Program(plan.name, parameters, results, plan.donated, block, effects=_effects(plan), memories=plan.memories)
     program.manifest = program.to_manifest()
     return program, files
 
 
-def target() -> Target:
+def target(lowerer: Lowerer) -> Target:
     """What runs where on this process's device."""
     from jax_mps.calls.kinds import host_kind
 
-    return Target(refusal, host_kind, forbid_host=settings().host == "error")
+    return Target(lowerer.refusal, host_kind, lowerer.define, forbid_host=settings().host == "error", costs=COSTS[runtime.device_kind()])
 
 
 def claims(step: Step) -> bool:
     """Whether a composite is kept whole: a lowering takes it, attributes included."""
-    return has_lowering(step.key) and is_device_step(step) and refusal(step) is None
-
-
-def refusal(step: Step) -> str | None:
-    """Why the device cannot run a step; None if it can. (Its lowering decodes and checks; nothing is traced.)"""
-    try:
-        LoweredStep(step)
-    except Unsupported as error:
-        return error.fact if error.op is step else f"{error.op.key} in its body: {error.fact}"
-    return None
+    return has_lowering(step.key) and is_device_step(step) and Lowerer().refusal(step) is None
 
 
 def _effects(plan: Plan) -> bool:
@@ -79,8 +75,9 @@ def _effects(plan: Plan) -> bool:
 class _Assembler:
     """Turns drafts into segments; the parts go to `files`."""
 
-    def __init__(self, files: ExportedFiles) -> None:
+    def __init__(self, files: ExportedFiles, lowerer: Lowerer) -> None:
         self.files = files
+        self.lowerer = lowerer
         self.names = 0
 
     def name(self, suffix: str) -> str:
@@ -114,9 +111,9 @@ class _Assembler:
                 return self.branch(draft)
 
     def device(self, draft: Draft) -> segments.Device:
-        traceable = export.traceable(draft.steps, draft.reads, draft.writes)
+        traceable = export.traceable(draft.steps, draft.reads, draft.writes, self.lowerer)
         name = self.name("mlxfn")
-        if runtime.device().first:
+        if files_work():
             self.files.paths[name] = export.export(traceable, self.files.folder)
             count("exports")
         else:
@@ -133,7 +130,7 @@ class _Assembler:
         name = self.name("mlir")
         self.files.artifacts[name] = host_function(draft.reads, draft.steps, draft.writes).artifact
         inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
-        return segments.Host(name, inputs, outputs, tuple(dict.fromkeys(draft.reasons)), self.files)
+        return segments.Host(name, inputs, outputs, tuple(dict.fromkeys(draft.reasons)), draft.joined, draft.work, self.files)
 
     def callback(self, draft: Draft) -> segments.Callback:
         (step,) = draft.steps

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jax_mps.ops.registry import Lowerer
 from jax_mps.plan.export import traceable
 from jax_mps.plan.fanout import in_blocks
 from jax_mps.plan.types import Step, TensorType, Value
@@ -37,6 +38,6 @@ def test_in_blocks(name):
     x, steps = slices(bounds)
     assert len(in_blocks(steps)) == len(steps) + blocks
     array = np.arange(ROWS * 4, dtype=np.int32).reshape(ROWS, 4)
-    results = traceable(steps, (x,), tuple(s.results[0] for s in steps)).function(mx.array(array))
+    results = traceable(steps, (x,), tuple(s.results[0] for s in steps), Lowerer()).function(mx.array(array))
     for result, (start, limit, stride) in zip(results, bounds, strict=True):
         np.testing.assert_array_equal(np.array(result), array[start:limit:stride])

@@ -6,10 +6,14 @@ import pytest
 
 from jax_mps.errors import Unsupported
 from jax_mps.plan import build
+from jax_mps.plan.boundary import Costs
 from jax_mps.plan.partition import DraftBlock, Target, partition
 from jax_mps.plan.types import Plan, Step
 
 HOST = {"stablehlo.cholesky"}
+
+
+FREE = Costs(call=0, segment=0, wait=0, megabyte=0, iteration=0, share=1)  # boundaries that are worth no op: test_boundary.py has the others
 
 
 def refusal(step: Step) -> str | None:
@@ -24,7 +28,7 @@ def host_kind(step: Step) -> str | None:
 
 def cut(body: str, forbid: bool = False, signature: str = "(%a: tensor<4x4xf32>) -> tensor<4x4xf32>") -> tuple[Plan, DraftBlock]:
     plan = build.build(build.parse(f"module @m {{ func.func public @main{signature} {{ {body} }} }}".encode()))
-    return plan, partition(plan, Target(refusal, host_kind, forbid))
+    return plan, partition(plan, Target(refusal, host_kind, forbid_host=forbid, costs=FREE))
 
 
 def kinds(block: DraftBlock) -> list[str]:

@@ -25,12 +25,11 @@ class Program:
         self.parameter_memories = self.output_memories = ()
         self.parameter_types = ((dtype, shape),) * inputs
         self.output_types = ((dtype, shape),) * outputs
-        self.output_is_host = (False,) * outputs
+        self.output_states = (0,) * outputs
         self.donated = ()
-        self.effects = self.waits = False
+        self.effects = self.waits = self.prompt = False
         self.direct = True
         self.cost = 1
-        self.copied = ()
         vars(self).update(replaced)
 
     def __call__(self, *args):
@@ -684,7 +683,7 @@ def case_rubbish():
         ("client_create", table.client, [None, {}, {"platform_name": 3}]),
         ("compile", lambda: table.compile(client), [None, 3, Program(None, output_types=3), Program(None, parameter_types=((11, 4),)),
                                                     Program(None, parameter_types=((99, ()),)), Program(None, donated=(7,)),
-                                                    Program(None, output_is_host=()), Program(None, cost="much"),
+                                                    Program(None, output_states=()), Program(None, output_states=(3,)), Program(None, cost="much"),
                                                     Program(None, name=3), Program(None, output_types=((11, (-1,)),))]),
         ("from_host", lambda: put(1, 2, 3, 4), [None, 3, (1, 2, 3)]),
         ("host_view", lambda: table.read(lazy), [None, (1, 2), (1, b"short"), (1, memoryview(bytes(32))[::2])]),
@@ -788,6 +787,76 @@ def case_a_program_that_is_waited_for():
     table.Event_Destroy(event=done)
     fails(lambda: table.execute(load(Program(lambda x: 1 / 0, direct=False, waits=True)), [x]), "ZeroDivisionError")
     table.destroy(x, y)
+
+
+def case_a_prompt_program():
+    """It runs on the caller's thread when what it reads is there, or can be evaluated at once; its results are ready with it."""
+    threads = []
+
+    def run(x):
+        threads.append(threading.get_ident() == mine)
+        x.evaluate()
+        return [Thunk(None, (), np.negative(x.data))]
+
+    mine = threading.get_ident()
+    means = {"evaluate_now": toy.engine.evaluate, "start": toy.engine.evaluate, "synchronize": lambda: None}
+    prompt = load(Program(run, direct=False, prompt=True, output_states=(2,), donated=(0,)))
+    x = put(1, 2, 3, 4)
+    (y,), _ = table.execute(double, [x])
+    (z,), _ = table.execute(prompt, [y], keep=[0])
+    table.block(z)
+    assert threads == [False]  # this client cannot evaluate at once
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
+    other = table.client()
+    try:
+        v = table.put(other, np.float32([1, -2, 3, -4]))
+        (u,), _ = table.execute(double, [v])
+        table.read(u)  # what the job may have started is done, too
+        (w,), _ = table.execute(double, [v])
+        (r,), done = table.execute(prompt, [w])
+        assert threads == [False, True]
+        assert table.is_ready(done)
+        event = table.with_gil("Buffer_ReadyEvent", buffer=r).event
+        assert table.is_ready(event)
+        assert is_deleted(w)
+        np.testing.assert_array_equal(table.read(r), [-2, 4, -6, 8])
+        (lazy,), _ = table.execute(fail, [v])
+        (late,), _ = table.execute(prompt, [lazy], keep=[0])
+        for buffer in (late, lazy):
+            fails(lambda buffer=buffer: table.read(buffer), "the toy is broken")
+        wrong = load(Program(lambda x: 1 / 0, direct=False, prompt=True))
+        fails(lambda: table.execute(wrong, [v]), "ZeroDivisionError")
+        table.Event_Destroy(event=event)
+        table.destroy(u, v, w, r, lazy, late)
+    finally:
+        install()
+        table.client()
+    table.destroy(x, y, z)
+
+
+def case_donated_to_a_job():
+    """What a job was given belongs to it: others that evaluate meanwhile leave it alone, and a direct one lets go before it is evaluated."""
+    means = {"evaluate_now": toy.engine.evaluate, "start": toy.engine.evaluate, "synchronize": lambda: None}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
+    other = table.client()
+    try:
+        x = table.put(other, np.float32([1, -2, 3, -4]))
+        (y,), _ = table.execute(double, [x])
+        (z,), _ = table.execute(double, [x])
+
+        def run(value):
+            np.testing.assert_array_equal(table.read(z), [2, -4, 6, -8])
+            return [Thunk(np.negative, (value,))]
+
+        (w,), _ = table.execute(load(Program(run, direct=False, donated=(0,))), [y])
+        (v,), _ = table.execute(load(Program(thunk(np.abs), donated=(0,))), [w])
+        assert is_deleted(y)
+        assert is_deleted(w)
+        np.testing.assert_array_equal(table.read(v), [2, 4, 6, 8])
+        table.destroy(x, y, z, w, v)
+    finally:
+        install()
+        table.client()
 
 
 def case_optimized_program():

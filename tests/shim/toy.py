@@ -165,12 +165,11 @@ class Executable:
         self.parameter_memories = self.output_memories = ()
         self.fingerprint = self.name.encode()
         self.code_size = len(code)
-        self.output_is_host = tuple(dtype == 12 for dtype, _ in self.output_types)
+        self.output_states = tuple(int(dtype == 12) for dtype, _ in self.output_types)
         self.donated = (0,) if "donate" in self.name else ()
-        self.effects, self.waits = "effect" in self.name, False
+        self.effects, self.waits, self.prompt = "effect" in self.name, False, False
         self.direct = "job" not in self.name and "effect" not in self.name
         self.cost = 10**9 if "eager" in self.name else 1
-        self.copied = ()
 
     def read(self, main, ir):
         def typed(value):
