@@ -155,6 +155,28 @@ def _exp_by_powers(x: mx.array) -> mx.array:
     return mx.where(x <= _EXP_MAX, mx.where(x >= _EXP_MIN, scaled, 0.0), x * math.inf)
 
 
+def sine(x: mx.array) -> mx.array:
+    """MLX's own on GPU; on CPU it is up to 600 ulp off near its zeros below 1000, 80,000 ulp below 1e7, and takes -0 to 0 (MLX 0.32.4)."""
+    if device_kind() != "cpu":
+        return mx.sin(x)
+    t = _half_tangent(x)
+    return ((t + t) / (t * t + const(1, mx.float64))).astype(x.dtype)
+
+
+def cosine(x: mx.array) -> mx.array:
+    """As `sine`."""
+    if device_kind() != "cpu":
+        return mx.cos(x)
+    square = mx.square(_half_tangent(x))
+    one = const(1, mx.float64)
+    return ((one - square) / (square + one)).astype(x.dtype)
+
+
+def _half_tangent(x: mx.array) -> mx.array:
+    """tan(x / 2) in float64, which is libm's: sine and cosine follow from it to half an ulp of float32, at 1.2 times the cost of MLX's."""
+    return mx.tan(x.astype(mx.float64) * const(0.5, mx.float64))
+
+
 def cbrt(x: mx.array) -> mx.array:
     """A power and one step of Newton's; x / y / y cannot overflow, y * y * y could."""
     m = mx.abs(x.astype(mx.float32))
@@ -211,8 +233,8 @@ elementwise(
         "stablehlo.logistic": logistic,
         "stablehlo.tanh": _real_or_complex(mx.tanh, complex_.tanh),
         "stablehlo.tan": _real_or_complex(mx.tan, complex_.tan),
-        "stablehlo.sine": _real_or_complex(mx.sin, complex_.sin),
-        "stablehlo.cosine": _real_or_complex(mx.cos, complex_.cos),
+        "stablehlo.sine": _real_or_complex(sine, complex_.sin),
+        "stablehlo.cosine": _real_or_complex(cosine, complex_.cos),
         "stablehlo.atan2": atan2,
         "stablehlo.clamp": lambda low, x, high: mx.minimum(mx.maximum(x, low), high),
     }

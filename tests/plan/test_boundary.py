@@ -102,7 +102,7 @@ def test_a_loop_of_tiny_steps_joins(trips: int) -> None:
     """Driving it from here costs more than running it there, however long it is; neither is it unrolled before."""
     body = f"{factors('0 a')} {COUNTED.format(trips)} {factors('2 1#1')} return %2 : MAT"
     assert kinds(body) == ["host"]
-    assert kinds(body, 512) == ["device", "host", "loop", "host"]  # the first is the loop's constant
+    assert kinds(body, 512) == ["device", "host", "scan", "host"]  # the first is the loop's constant
 
 
 def test_a_loop_that_goes_to_the_host_is_not_unrolled() -> None:
@@ -116,7 +116,7 @@ def test_a_loop_around_the_host_goes_whole_where_the_rest_is_small() -> None:
     body = COUNTED.format(1000).replace("stablehlo.sine %h : MAT", "stablehlo.cholesky %h : MAT %g2 = stablehlo.sine %g : MAT").replace("%j, %g :", "%j, %g2 :")
     text = f"%0 = stablehlo.cosine %a : MAT {body} return %1#1 : MAT"
     assert kinds(text) == ["host"]
-    assert kinds(text, 512) == ["device", "loop"]
+    assert kinds(text, 512) == ["device", "scan"]
 
 
 # ---- through the plugin ------------------------------------------------------------------------------------------------------------
