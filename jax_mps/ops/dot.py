@@ -27,11 +27,16 @@ def dot_general(op: Step) -> Run:
     dtype, shape, precise = op.result.dtype, op.result.shape, is_precise(op)
 
     def run(a: mx.array, b: mx.array) -> mx.array:
-        a = mx.transpose(a, (*lb, *left, *lc)).reshape(*batch, m, k)
-        b = mx.transpose(b, (*rb, *rc, *right)).reshape(*batch, k, n)
+        a = _ordered(a, (*lb, *left, *lc)).reshape(*batch, m, k)
+        b = _ordered(b, (*rb, *rc, *right)).reshape(*batch, k, n)
         return product(a, b, dtype, precise=precise).reshape(shape)
 
     return run
+
+
+def _ordered(x: mx.array, permutation: tuple[int, ...]) -> mx.array:
+    """MLX makes an op of a transposition that changes nothing."""
+    return x if list(permutation) == list(range(x.ndim)) else mx.transpose(x, permutation)
 
 
 @lowers("stablehlo.dot")

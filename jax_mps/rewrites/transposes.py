@@ -1,0 +1,38 @@
+"""Transpositions that the op after them can read through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jax_mps.plan.types import Step
+from jax_mps.rewrites.match import fuse
+from jax_mps.rewrites.table import Scope
+
+
+def of_product(step: Step, scope: Scope) -> Step | None:
+    """An operand of `dot_general` that is a transposition: its own operand, with the dimension numbers of that. The free dimensions must stay in
+    order, since the result has them in order."""
+    better = step
+    for position, side in enumerate(("lhs", "rhs")):
+        made = scope.maker(step.operands[position], "stablehlo.transpose")
+        if made is None:
+            continue
+        batching, contracting = (better.attributes[f"{side}_{kind}_dimensions"] for kind in ("batching", "contracting"))
+        free = [made.permutation[d] for d in range(made.result.rank) if d not in (*batching, *contracting)]
+        if free != sorted(free):
+            continue
+        operands = (*better.operands[:position], made.operands[0], *better.operands[position + 1 :])
+        better = replace(better, operands=operands, attributes={
+            **better.attributes,
+            f"{side}_batching_dimensions": _through(made.permutation, batching),
+            f"{side}_contracting_dimensions": _through(made.permutation, contracting),
+        })  # fmt: skip
+    if better is step:
+        return None
+    group = fuse(step.name, step, better.operands, scope, shared=True)
+    return replace(better, attributes={**better.attributes, "original": group.original}) if group else None
+
+
+def _through(permutation: Sequence[int], dimensions: Sequence[int]) -> tuple[int, ...]:
+    return tuple(permutation[d] for d in dimensions)

@@ -1,0 +1,57 @@
+"""Products of transposed operands read through the transposition."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from ops import test_dot
+from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of
+
+from jax_mps.rewrites import rewrite
+
+R = np.random.default_rng(0)
+Q, K = R.normal(size=(2, 3, 4, 5, 8)).astype(np.float32)
+A, B = R.normal(size=(2, 6, 6)).astype(np.float32)
+
+
+def transposes(case: Case) -> int:
+    return sum(s.name == "stablehlo.transpose" for s in rewrite(plan_of(case)).steps)
+
+
+def check(case: Case) -> None:
+    plan, run, arguments = lowered(case, rewritten=True)
+    assert_same(results_of(plan, run(*arguments), case), reference(case), case)
+
+
+def dot(contract, batch):
+    return lambda x, y: lax.dot_general(x, y, (contract, batch))
+
+
+@pytest.mark.parametrize(
+    ("f", "args", "left"),
+    [
+        (lambda a, b: a @ b.T, (A, B), 0),
+        (lambda a, b: a.T @ b.T, (A, B), 0),
+        (lambda q, k: q @ k.swapaxes(-1, -2), (Q, K), 0),
+        (lambda q, k: q.swapaxes(0, 1) @ k.transpose(1, 0, 3, 2), (Q, K), 0),
+        (lambda q, k: dot(((3,), (3,)), ((0, 1), (0, 2)))(q.transpose(0, 2, 1, 3), k), (Q, K), 0),
+        (lambda a, b: a.T @ b + a.T, (A, B), 1),  # read elsewhere, too
+        (lambda q, k: dot(((3,), (3,)), ((0,), (0,)))(q.transpose(0, 2, 1, 3), k), (Q, K), 1),  # its free dimensions change their order
+        (lambda a, b: (a @ b).T, (A, B), 1),
+    ],
+)
+def test_fires_or_not(f, args, left) -> None:
+    case = Case("product", f, args, rtol=1e-5, atol=1e-5)
+    assert transposes(case) == left
+    check(case)
+
+
+@pytest.mark.parametrize("case", [c for c in test_dot.CASES if not isinstance(c.f, str)], ids=str)
+def test_the_table_rewritten(case) -> None:
+    check(case)
+
+
+def test_half_types() -> None:
+    check(Case("half", lambda a, b: jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16).T), (A, B)))
