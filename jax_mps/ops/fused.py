@@ -5,6 +5,8 @@ Only primitives that an exported function keeps are used. Further operands, whic
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 
 from jax_mps.ops.dtypes import MX
@@ -124,3 +126,57 @@ def norm(op: Step) -> Run:
         return mx.fast.layer_norm(x, scale, bias, op.eps) if layer else mx.fast.rms_norm(x, scale, op.eps)
 
     return run
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------------------
+
+
+@lowers("jax_mps.attention")
+def attention(op: Step) -> Run:
+    """Operands: queries, keys, values, the mask if there is one; in MLX they are (batch, heads, positions, width)."""
+    queries, keys, values = (
+        tuple(v.shape[d] for d in order)
+        for v, order in zip(op.operands[:3], (op.queries_order, op.keys_order, op.values_order), strict=True)
+    )
+    batches = queries[: sum(kind == "batch" for kind, _ in op.order)]
+    length = queries[-2] if len(queries) > len(batches) + 1 else 1
+    batch, heads, groups = math.prod(batches[:-1]), math.prod(batches[-1:]), math.prod(queries[len(batches) : -1]) // length
+
+    def run(q: mx.array, k: mx.array, v: mx.array, *rest: mx.array) -> mx.array:
+        q = mx.transpose(q, op.queries_order).reshape(batch, heads * groups, length, queries[-1])
+        k = mx.transpose(k, op.keys_order).reshape(batch, heads, *keys[-2:])
+        v = mx.transpose(v, op.values_order).reshape(batch, heads, *values[-2:])
+        if op.mask == "array":
+            mask = _mask(rest[0], op, (*queries[:-1], keys[-2]), len(batches))
+            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask=mask)
+            y = mx.where(mx.any(mask, axis=-1, keepdims=True), y, _unseeing(v, op.fill, groups)) if op.guarded else y
+        else:
+            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask="causal" if op.mask == "causal" else None)
+        return mx.transpose(y.reshape(*queries[:-1], values[-1]), op.result_order)
+
+    return run
+
+
+def _mask(mask: mx.array, op: Step, shape: tuple[int, ...], batches: int) -> mx.array:
+    """As (batch, heads, positions, keys), 1 where nothing depends on it; shape: of the scores in MLX's order, before axes are merged."""
+    kept = [d for d in op.mask_order if d is not None]
+    rest = [d for d in range(mask.ndim) if d not in kept]  # of size 1
+    mask = mx.transpose(mask, (*kept, *rest)).reshape([1 if d is None else n for d, n in zip(op.mask_order, shape, strict=True)])
+    heads = max(batches - 1, 0)
+    parts = [shape[:heads], shape[heads:-2] if len(shape) > batches + 1 else shape[heads:-1], shape[-2:-1] if len(shape) > batches + 1 else ()]
+    full: list[int] = []
+    merged: list[int] = []
+    for part in (*parts, shape[-1:]):
+        own = tuple(mask.shape[len(full) : len(full) + len(part)])
+        one = all(n == 1 for n in own)
+        full += [1] * len(part) if one else part
+        merged.append(1 if one else math.prod(part))
+    return mx.broadcast_to(mask, full).reshape(merged)
+
+
+def _unseeing(values: mx.array, fill: float, groups: int) -> mx.array:
+    """What a row gives that sees nothing: NaN if what it does not see is -inf, the mean of all values if it is finite."""
+    if fill == -math.inf:
+        return mx.array(math.nan, values.dtype)
+    mean = mx.mean(values.astype(mx.float32), axis=-2, keepdims=True).astype(values.dtype)
+    return mx.repeat(mean, groups, axis=1) if groups > 1 else mean

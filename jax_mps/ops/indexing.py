@@ -155,12 +155,20 @@ def batching_axes(operand_dims: Sequence[int], indices_dims: Sequence[int], inde
 _LARGEST_KNOWN, _DEEPEST_KNOWN = 4096, 12  # elements; steps, since shared operands are computed again
 
 
-def known(value: Value, depth: int = 0) -> np.ndarray[Any, Any] | None:
+def known(value: Value) -> np.ndarray[Any, Any] | None:
     """The value of an index array that the program computes from constants, as `x.at[3]` and `x.at[::2]` do; None if it is not known."""
-    step = defining_step(value)
-    if step is None or step.name not in _KNOWN or value.type.size > _LARGEST_KNOWN or depth == _DEEPEST_KNOWN:
+    return evaluated(value, defining_step, _LARGEST_KNOWN)
+
+
+def evaluated(value: Value, maker: Callable[[Value], Step | None], largest: int, depth: int = 0) -> np.ndarray[Any, Any] | None:
+    """The value of an array of integers or bools that is computed from constants, of at most `largest` elements; None if it is not known.
+
+    maker: the step that makes a value.
+    """
+    step = maker(value)
+    if step is None or step.name not in _KNOWN or value.type.size > largest or depth == _DEEPEST_KNOWN or value.type.is_floating:
         return None
-    operands = [known(v, depth + 1) for v in step.operands]
+    operands = [evaluated(v, maker, largest, depth + 1) for v in step.operands]
     if any(x is None for x in operands):
         return None
     with np.errstate(over="ignore"):
@@ -186,9 +194,13 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "stablehlo.iota": _counting,
     "stablehlo.broadcast_in_dim": _in_dim,
     "stablehlo.reshape": lambda step, x: x,
+    "stablehlo.transpose": lambda step, x: x.transpose(step.permutation),
     "stablehlo.concatenate": lambda step, *parts: np.concatenate(parts, step.dimension),
     "stablehlo.add": lambda step, x, y: x + y,
     "stablehlo.multiply": lambda step, x, y: x * y,
+    "stablehlo.subtract": lambda step, x, y: x - y,
+    "stablehlo.and": lambda step, x, y: x & y,
+    "stablehlo.or": lambda step, x, y: x | y,
     "stablehlo.compare": lambda step, x, y: _COMPARE[step.comparison_direction](x, y),
     "stablehlo.select": lambda step, condition, x, y: np.where(condition, x, y),
 }

@@ -19,6 +19,7 @@ from jax_mps.ops.indexing import Windows, batch_shape, batching_axes, known
 from jax_mps.ops.registry import LoweredRegion, Run, lowers
 from jax_mps.ops.rows import COMBINERS, adds_itself, sums, writer
 from jax_mps.ops.slices import clamp_starts
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Region, Step, Value
 
 
@@ -202,6 +203,8 @@ def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
     if kind == "keep":
         return lambda x, indices, update: x
     to_zeros = constant_of(operand) == 0  # as in a gradient
+    if to_zeros and kind == "stablehlo.add" and device_kind() != "cpu" and _is_one_a_line(op, windows):
+        return _one_a_line(op, windows)
     locate = _Rows(op, windows)
     if to_zeros and kind == "stablehlo.add" and windows.line == 0 == locate.last - 1 and adds_itself(operand.type):
         zeros, spare = MX[operand.dtype], not locate.known_to_fit
@@ -213,6 +216,28 @@ def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
     def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:
         index, fits = locate.index(indices)
         return locate.restore(put(locate.rows_of(x), index, locate.updates(update), fits))
+
+    return run
+
+
+def _is_one_a_line(op: Step, windows: Windows) -> bool:
+    """Whether each line along one dimension gets one element, and every other dimension goes along with the same one of the indices."""
+    axis, rank = windows.line, op.operand.rank
+    if axis is None or len(windows.batch) != rank or any(s != 1 for s in windows.sizes) or op.operands[-1].shape != windows.batch:
+        return False
+    return windows.batch[axis] == 1 and windows.batching == {d: d for d in range(rank) if d != axis}
+
+
+def _one_a_line(op: Step, windows: Windows) -> Run:
+    """Into zeros: a comparison of positions, which the ops after it are fused with, where a scatter writes and they read all of it."""
+    axis, shape = windows.line, op.operand.shape
+    assert axis is not None
+    positions = [-1 if d == axis else 1 for d in range(len(shape))]
+
+    def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:
+        target = mx.reshape(windows.targets(indices), windows.batch)
+        here = mx.reshape(mx.arange(shape[axis], dtype=mx.uint32), positions) == target
+        return mx.where(here, update, mx.array(0, update.dtype))
 
     return run
 

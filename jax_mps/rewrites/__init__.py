@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import constants, indices, norms, softmax, special, table, threefry, transposes
+from jax_mps.rewrites import attention, constants, indices, norms, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.table import Rewrite, Table
 
@@ -45,6 +45,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("logsumexp", softmax.logsumexp, _at("add"), "as above", _EXP),
     ),
     (
+        Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", "jax_mps.softmax"),
         Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),
         Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", "stablehlo.transpose"),
     ),

@@ -185,7 +185,11 @@ def _shift_of(value: Value, scope: Scope) -> Value | None:
 
 
 def _is_maximum(value: Value, x: Value, scope: Scope) -> bool:
-    """Whether it is the maximum along the rows of x; JAX takes the maximum with -inf once more."""
+    """Whether it is the maximum along the rows of x; JAX takes the maximum with -inf once more, and `vmap` may turn both around."""
+    turned, whole_turned = scope.maker(value, "stablehlo.transpose"), scope.maker(x, "stablehlo.transpose")
+    if turned and whole_turned:
+        rows = tuple(turned.permutation)
+        return tuple(whole_turned.permutation) == (*rows, len(rows)) and _is_maximum(turned.operands[0], whole_turned.operands[0], scope)
     step = scope.maker(value, "stablehlo.maximum")
     if step is not None:
         bounded = [v for v in step.operands if splat(v, scope) != -np.inf]

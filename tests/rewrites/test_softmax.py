@@ -68,6 +68,7 @@ def logsumexp(x):
         (lambda x: jax.nn.softmax(x[0, 0]), (X,), ["softmax"]),
         (lambda x: jax.nn.softmax(x[:, :1]), (X,), ["softmax"]),
         (jax.vmap(jax.nn.softmax), (X,), ["softmax"]),
+        (jax.vmap(jax.nn.softmax, in_axes=1), (X,), ["softmax"]),
         (log_softmax, (X,), ["log_softmax"]),
         (log_softmax, (X + 1e4,), ["log_softmax"]),
         (logsumexp, (X,), ["logsumexp"]),
@@ -143,6 +144,13 @@ def transposed_rows(x):
     return e / jnp.broadcast_to(e.sum(-1).T[:, :, None], e.shape)
 
 
+def turned_otherwise(x):
+    square = x[:4, :, :4]
+    turned = square.transpose(1, 0, 2)
+    e = jnp.exp(turned - square.max(-1)[..., None])
+    return e / e.sum(-1, keepdims=True)
+
+
 def parts_are_read(x):
     e = jnp.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True), e
@@ -151,7 +159,8 @@ def parts_are_read(x):
 @pytest.mark.parametrize(
     "f",
     [
-        lambda x: jax.nn.softmax(x, axis=1), below_the_maximum, of_another_row, along_both, wrong_maximum, transposed_rows, parts_are_read,
+        lambda x: jax.nn.softmax(x, axis=1), below_the_maximum, of_another_row, along_both, wrong_maximum, transposed_rows, turned_otherwise,
+        parts_are_read,
         lambda x: jnp.log(jnp.exp(x).sum(-1)),
     ],
 )  # fmt: skip
