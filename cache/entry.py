@@ -194,7 +194,7 @@ def decode_alias(data: bytes, raw: str) -> Alias:
             isinstance(fields["name"], str) and isinstance(fields["extra"], dict),
             "a field has the wrong type",
         )
-        return Alias(_key(fields["key"]), fields["name"], fields["extra"])
+        return Alias(key_of(fields["key"]), fields["name"], fields["extra"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"the alias is malformed: {error}") from None
 
@@ -231,7 +231,8 @@ def _unpack(data: bytes) -> tuple[int, int, bytes]:
     return length, total, digest
 
 
-def _key(parts: list[list[str]]) -> Key:
+def key_of(parts: list[list[str]]) -> Key:
+    """A key from its parts as JSON has them. Raises ValueError or TypeError."""
     for name, value in parts:
         _require(
             isinstance(name, str) and isinstance(value, str),
@@ -253,7 +254,7 @@ def _header(fields: Json, body: int, total: int) -> Header:
             "a constant is not named by a digest",
         )
     return Header(
-        _key(fields["key"]),
+        key_of(fields["key"]),
         manifest,
         _table(fields["files"], body, total),
         constants,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jax_mps.cache import eviction, paths
 from jax_mps.cache.entry import (
@@ -29,10 +30,14 @@ from jax_mps.cache.files import Buffer, read_whole, remove, touch, write_atomic
 from jax_mps.cache.fingerprint import Key, constant_digest
 from jax_mps.cache.stored import FIRST, MOST, Listing, Problem, check, read_alias, read_entry_file, read_header
 
+if TYPE_CHECKING:
+    from jax_mps.cache.misses import Miss
+
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 5 << 30
 GRACE = 3600  # seconds: how exact recency is, and how long an unreferenced or temporary file is left alone
+NOTHING_STORED = "nothing is stored under this key"
 _TRASH = ".trash-"  # what `clear` has taken away and is removing
 
 _Write = Callable[[], int]
@@ -50,6 +55,7 @@ class Store:
         self._readable = False
         self._writable = False
         self._said: set[str] = set()
+        self._missed: dict[str, str] = {}  # digest -> why, for what was asked for and not found
         self.counts = {"hits": 0, "misses": 0}
         if root is None and self._off is None:
             self._refuse("there is no home folder to put it in; JAX_MPS_CACHE_DIR can name another")
@@ -104,9 +110,14 @@ class Store:
 
     def get(self, key: Key) -> Entry | None:
         """The entry stored under `key`, verified whole; None if there is none, or if anything about it is odd."""
-        entry = None if self._closed() else self._read_entry(key)
-        self.counts["misses" if entry is None else "hits"] += 1
-        return entry
+        found = NOTHING_STORED if self._closed() else self._read_entry(key)
+        if isinstance(found, Entry):
+            self.counts["hits"] += 1
+            return found
+        if key.digest not in self._missed:  # a program that is asked for by its alias and then by its form is missed once
+            self.counts["misses"] += 1
+        self._missed[key.digest] = found
+        return None
 
     def put(
         self,
@@ -122,6 +133,19 @@ class Store:
         that is wrong in itself.
         """
         return self._storing(key.digest, lambda: self._put(key, manifest, files, constants))
+
+    def note_miss(self, key: Key, name: str) -> bool:
+        """Remember, for `misses`, that the program of this name was not found under `key`; whether that was stored."""
+        from jax_mps.cache import misses  # here: a warm process has none
+
+        miss = misses.Miss(time.time(), name, key, self._missed.pop(key.digest, NOTHING_STORED))
+        return self._storing(name, lambda: misses.note(self._missed_file, miss))
+
+    def misses(self) -> list[Miss]:
+        """The latest programs that were not found, latest first."""
+        from jax_mps.cache import misses
+
+        return [] if self._closed() else misses.read(self._missed_file)
 
     def entries(self) -> Iterator[Listing]:
         """Every readable entry, in no useful order; damaged ones are left to `verify`."""
@@ -236,6 +260,10 @@ class Store:
         return {name: eviction.Tally(f"{self._at}/{name}").get() or 0 for name in self.counts}
 
     @property
+    def _missed_file(self) -> str:
+        return f"{self._at}/missed"
+
+    @property
     def _tally(self) -> eviction.Tally:
         return eviction.Tally(f"{self._at}/blocks")
 
@@ -338,7 +366,8 @@ class Store:
                 if mine:
                     self.evict(int(self.max_bytes * eviction.LOW_WATER))
 
-    def _read_entry(self, key: Key) -> Entry | None:
+    def _read_entry(self, key: Key) -> Entry | str:
+        """The entry, or why there is none."""
         path = self._file("entries", key.digest)
         try:
             data, info = read_entry_file(path)
@@ -346,11 +375,11 @@ class Store:
             if entry.key != key:
                 raise Damaged("it was stored under another key")
             self._check_constants(entry, refresh=_is_stale(info))
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as error:
+            return NOTHING_STORED if error.filename == path else "a constant of it was evicted"
         except (OSError, MemoryError, Damaged) as error:
             self._odd(path, error)
-            return None
+            return f"what is stored cannot be used: {error}"
         if _is_stale(info):
             touch(path)
         return entry

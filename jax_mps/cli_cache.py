@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_mps import cli_graph
 from jax_mps.cache import FORMAT, Key, Listing, Refused, Store, archive, eviction, paths, translator_digest
+from jax_mps.cache.misses import Miss
+from jax_mps.cache.store import NOTHING_STORED
 from jax_mps.cli import OK, REFUSED, USAGE, WRONG, Answer, Table, add_command
 
+_SHOWN = 20  # misses that `explain` lists
 SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -45,8 +48,8 @@ def add_commands(commands: Any) -> None:
     pictures = shown.add_mutually_exclusive_group()
     pictures.add_argument("--dot", action="store_true", help="as a graph, for Graphviz")
     pictures.add_argument("--svg", action="store_true", help="as a picture, drawn by Graphviz")
-    explained = _add(cache, "explain", explain, "print the named parts of an entry's key, and what differs from another entry")
-    explained.add_argument("key", nargs="?", help="the first digits of a key, or a name (default: the newest entry)")
+    explained = _add(cache, "explain", explain, "say why a program was translated: the named parts of its key, and what differs from the entry most like it")
+    explained.add_argument("key", nargs="?", help="the first digits of a key, or a name (default: what was missed last)")
     explained.add_argument("other", nargs="?", help="what to compare it with (default: the entry most like it)")
     verified = _add(cache, "verify", verify, "read and check every file")
     verified.add_argument("--repair", action="store_true", help="remove what is damaged, and what nothing uses")
@@ -156,18 +159,16 @@ def _picture(manifest: dict[str, Any], *, svg: bool) -> Answer:
 
 
 def explain(options: argparse.Namespace) -> Answer:
-    """`cache explain [KEY [OTHER]]`: the parts of a key beside those of another, and which of them differ."""
+    """`cache explain [KEY [OTHER]]`: the parts of a key beside those of another, which of them differ, and why it was missed."""
     store = _store(options)
-    entries = list(store.entries())
-    if not entries:
-        return Answer({"error": "empty"}, ["The cache is empty."], code=WRONG)
-    found = _find(store, options.key) if options.key else max(entries, key=lambda entry: entry.used)
-    if isinstance(found, Answer):
-        return found
-    other = _find(store, options.other) if options.other else _most_like(found, entries)
+    entries, missed = list(store.entries()), store.misses()
+    subject = _subject(store, entries, missed, options.key)
+    if isinstance(subject, Answer):
+        return subject
+    other = _find(store, options.other) if options.other else _most_like(subject, entries)
     if isinstance(other, Answer):
         return other
-    return _compared(found, other)
+    return _compared(subject, other, [] if options.key else [_explained(miss, entries) for miss in missed[:_SHOWN]])
 
 
 def verify(options: argparse.Namespace) -> Answer:
@@ -333,37 +334,90 @@ def _find(store: Store, text: str) -> Listing | Answer:
     return Answer({"error": reason, "candidates": [entry.digest for entry in found]}, lines, code=WRONG)
 
 
-def _most_like(one: Listing, entries: Sequence[Listing]) -> Listing | None:
-    others = [entry for entry in entries if entry.digest != one.digest]
+class _Subject(NamedTuple):
+    """What `explain` explains: an entry, a miss, or an entry that was missed before it was made."""
+
+    key: Key
+    name: str
+    entry: Listing | None
+    miss: Miss | None
+
+
+def _subject(store: Store, entries: Sequence[Listing], missed: Sequence[Miss], text: str | None) -> _Subject | Answer:
+    if text is None and not entries and not missed:
+        return Answer({"error": "empty"}, ["The cache is empty."], code=WRONG)
+    if text is None:
+        found = None if missed else max(entries, key=lambda entry: entry.used)
+        miss = missed[0] if missed else None
+    else:
+        answer = _find(store, text)
+        found = None if isinstance(answer, Answer) else answer
+        miss = next((m for m in missed if m.key.digest.startswith(text) or m.name == text), None) if found is None else None
+        if isinstance(answer, Answer) and miss is None:
+            return answer
+    key = found.header.key if found else miss.key if miss else None
+    assert key is not None
+    found = found or next((entry for entry in entries if entry.digest == key.digest), None)
+    miss = miss or next((m for m in missed if m.key.digest == key.digest), None)
+    return _Subject(key, _summary(found)["name"] if found else miss.name if miss else "?", found, miss)
+
+
+def _most_like(one: _Subject, entries: Sequence[Listing]) -> Listing | None:
+    others = [entry for entry in entries if entry.digest != one.key.digest]
     return max(others, key=lambda other: _likeness(one, other), default=None)
 
 
-def _likeness(one: Listing, other: Listing) -> tuple[int, bool, float]:
-    different = len(one.header.key.differences(other.header.key))
-    return -different, _summary(one)["name"] == _summary(other)["name"], other.used
+def _likeness(one: _Subject, other: Listing) -> tuple[bool, bool, int, float]:
+    """The same module under another key first, then what has the same name."""
+    different = [name for name, *_ in one.key.differences(other.header.key)]
+    return "module" not in different, _summary(other)["name"] == one.name, -len(different), other.used
 
 
-def _compared(one: Listing, other: Listing | None) -> Answer:
+def _explained(miss: Miss, entries: Sequence[Listing]) -> dict[str, Any]:
+    nearest = _most_like(_Subject(miss.key, miss.name, None, miss), entries)
+    different = [name for name, *_ in miss.key.differences(nearest.header.key)] if nearest else []
+    near = nearest and {"key": nearest.digest, "name": _summary(nearest)["name"]}
+    return {"key": miss.key.digest, "name": miss.name, "when": miss.when, "why": miss.why, "nearest": near, "different": different}
+
+
+def _compared(one: _Subject, other: Listing | None, missed: Sequence[dict[str, Any]]) -> Answer:
     there = dict(other.header.key.parts) if other else {}
-    different = [name for name, *_ in one.header.key.differences(other.header.key)] if other else []
-    data = {"entry": _row(one), "parts": dict(one.header.key.parts), "other": other and _row(other), "different": different}
-    names = dict.fromkeys((*dict(one.header.key.parts), *there))
-    here = dict(one.header.key.parts)
-    rows: list[tuple[str, ...]] = [(n, _short(here.get(n)), _beside(n, there, different)) for n in names]
-    headings = ("part", one.digest[:12], other.digest[:12] if other else "(no other entry)")
-    after = [_verdict(_summary(one)["name"], different)] if other else []
+    different = [name for name, *_ in one.key.differences(other.header.key)] if other else []
+    data = {
+        "entry": one.entry and _row(one.entry),
+        "missed": one.miss and {"name": one.miss.name, "when": one.miss.when, "why": one.miss.why},
+        "parts": dict(one.key.parts),
+        "other": other and _row(other),
+        "different": different,
+        "misses": list(missed),
+    }
+    here = dict(one.key.parts)
+    rows: list[tuple[str, ...]] = [(n, _short(here.get(n)), _beside(n, there, different)) for n in dict.fromkeys((*here, *there))]
+    headings = ("part", one.key.digest[:12], other.digest[:12] if other else "(no other entry)")
+    after = [_verdict(one.name, _summary(other)["name"], different)] if other else []
+    if one.miss:
+        after.append(f"{one.name} was translated {_ago(one.miss.when)}: {one.miss.why}.")
+    if len(missed) > 1:
+        after += ["", "The latest misses, and what differs from the entry most like each:"]
+        after += [f"  {row['key'][:12]}  {row['name']}, {_ago(row['when'])}: {_because(row)}" for row in missed]
     return Answer(data, table=Table(headings, rows), after=after)
+
+
+def _because(row: dict[str, Any]) -> str:
+    if row["why"] != NOTHING_STORED or row["nearest"] is None:
+        return str(row["why"])
+    return f"{', '.join(row['different']) or 'nothing'} ({row['nearest']['name']} {row['nearest']['key'][:12]})"
 
 
 def _beside(name: str, there: dict[str, str], different: Sequence[str]) -> str:
     return _short(there.get(name)) if name in different else "same" if there else ""
 
 
-def _verdict(name: str, different: Sequence[str]) -> str:
+def _verdict(name: str, other: str, different: Sequence[str]) -> str:
     if not different:
         return f"Nothing differs: both are {name}."
     if "module" in different:
-        return f"They are different programs; what differs: {', '.join(different)}."
+        return f"They are different programs{'' if name == other else f', {name} and {other}'}; what differs: {', '.join(different)}."
     return f"{name} could not use the other entry, because of: {', '.join(different)}."
 
 

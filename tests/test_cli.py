@@ -156,6 +156,28 @@ def test_explain_names_the_part_that_differs(store: Store, said: Any) -> None:
     assert said("cache", "explain")[0] == 0
 
 
+def test_explain_says_why_a_program_was_missed(store: Store, said: Any) -> None:
+    """Without a key, what was missed last, beside the entry that it could nearly have used: the same module first, then the same name."""
+    parts = dict(programs.program_key(2).parts)
+    elsewhere = key(*(parts | {"mlx": "0.33.0"}).items())
+    edited = key(*(parts | {"module": "another"}).items())
+    for missed, name in ((edited, "jit_f4"), (elsewhere, "jit_renamed")):
+        assert store.get(missed) is None
+        assert store.note_miss(missed, name)
+    code, data = said("cache", "explain", "--json")
+    assert (code, data["entry"], data["missed"]["name"]) == (0, None, "jit_renamed")
+    assert (data["different"], data["other"]["key"]) == (["mlx"], programs.program_key(2).digest)
+    assert [(m["name"], m["different"], m["nearest"]["name"]) for m in data["misses"]] == [
+        ("jit_renamed", ["mlx"], "jit_f2"), ("jit_f4", ["module"], "jit_f4"),
+    ]  # fmt: skip
+    text = said("cache", "explain")[1]
+    assert "nothing is stored under this key" in text
+    assert "jit_f4, within the hour: module (jit_f4" in text
+    assert said("cache", "explain", "jit_renamed", "--json")[1]["different"] == ["mlx"]
+    assert said("cache", "explain", elsewhere.digest[:12])[0] == 0
+    assert said("cache", "explain", "jit_nobody")[0] == 1
+
+
 def test_explain_of_an_empty_cache(folder: Path, said: Any) -> None:
     """Says so."""
     assert said("cache", "explain")[0] == 1

@@ -209,6 +209,8 @@ class Client:
         if ordinals:
             unbound.manifest = unbound.to_manifest()
         self._programs[canonical.digest] = unbound
+        if not self.uncached:
+            self.writer.submit(lambda: self.store.note_miss(canonical, unbound.name))
         if self.is_stored(unbound):
             self.writer.submit(lambda: self.write(canonical, unbound, files))
         return unbound.bind({ordinal: marker for marker, ordinal in ordinals.items()})

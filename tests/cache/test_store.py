@@ -16,7 +16,7 @@ from pathlib import Path
 import cached_programs as programs
 import pytest
 
-from jax_mps.cache import Alias, Damaged, Store, constant_digest, files, key
+from jax_mps.cache import Alias, Damaged, Store, constant_digest, files, key, misses
 
 Change = Callable[[Path], object]
 
@@ -368,3 +368,41 @@ def test_constants_may_be_any_buffer(store: Store) -> None:
     entry = store.get(key(("wide", "")))
     assert entry is not None
     assert entry.constant(digest) == entry.read("f") == bytes(64)
+
+
+def test_misses_are_remembered(store: Store, folder: Path) -> None:
+    """Each with its name, its key and the reason; latest first, from every process; what is odd in the file is left out."""
+    for number in range(3):
+        assert store.get(programs.program_key(number)) is None
+        assert store.note_miss(programs.program_key(number), f"jit_f{number}")
+    programs.put(store, 4)
+    (entry,) = (folder / "1" / "entries").glob("*/*")
+    entry.write_bytes(entry.read_bytes()[:-1])
+    assert programs.get(store, 4) is None
+    assert store.note_miss(programs.program_key(4), "jit_f4")
+    with (folder / "1" / "missed").open("a") as file:
+        file.write('[1, "cut')
+    found = Store(folder).misses()
+    assert [miss.name for miss in found] == ["jit_f4", "jit_f2", "jit_f1", "jit_f0"]
+    assert found[0].why.startswith("what is stored cannot be used")
+    assert found[1] == (found[1].when, "jit_f2", programs.program_key(2), "nothing is stored under this key")
+
+
+def test_remembered_misses_are_bounded(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files of a bounded size; the latest are kept."""
+    monkeypatch.setattr(misses, "_LIMIT", 2000)
+    for number in range(100):
+        assert store.note_miss(programs.program_key(number), "f" * 1000)
+    assert sum(file.stat().st_size for file in (folder / "1").glob("missed*")) < 5000
+    assert store.misses()[0].key == programs.program_key(99)
+
+
+def test_a_program_is_missed_once(store: Store) -> None:
+    """By its alias and then by its own key: one miss in the hit rate; found later, one hit."""
+    programs.put(store, 1)
+    store.remove(programs.program_key(1).digest)
+    assert programs.get(store, 1) is None
+    assert store.get(programs.program_key(1)) is None
+    programs.put(store, 1)
+    assert store.get(programs.program_key(1)) is not None
+    assert store.counts == {"hits": 1, "misses": 1}
