@@ -41,6 +41,11 @@ def is_registered(name: str) -> bool:
     return name in _targets
 
 
+def named_in(program: bytes) -> tuple[str, ...]:
+    """The registered names that a program's bytes hold, sorted. All that it calls are among them, unless a name is escaped in its text."""
+    return tuple(sorted(name for name in _targets if name.encode() in program))
+
+
 def attributes(config: Any) -> dict[str, Any]:
     """A call's attributes as keywords: the dictionary of the typed API, or the opaque string of the old one if it holds anything."""
     if isinstance(config, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import threading
 import weakref
@@ -17,13 +18,13 @@ import mlx.core as mx
 import jax_mps
 from jax_mps import runtime
 from jax_mps.cache import Alias, Entry, Key, Store, Writer, key, translator_digest
-from jax_mps.calls import callbacks
+from jax_mps.calls import callbacks, ffi
 from jax_mps.config import settings
 from jax_mps.counters import count
 from jax_mps.pjrt import options as compile_options
 from jax_mps.pjrt.executable import Executable
 from jax_mps.plan.program import FORMAT, ExportedFiles, Program, constants, import_function, process_folder
-from jax_mps.plan.segments import Device
+from jax_mps.plan.segments import Device, is_json
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 from jax_mps.selftest import files_work
 
@@ -65,7 +66,7 @@ class Client:
         """
         chosen = compile_options.read(options)
         form, markers = callbacks.renumber(code)
-        raw = key(("code", form), *self.environment(chosen))
+        raw = key(("code", form), *self.environment(chosen), *_ffi(form))
         identity = _identity(raw, markers)
 
         def source() -> bytes:
@@ -191,9 +192,9 @@ class Client:
         module = build.parse(code)
         name = build.module_name(module)
         form, order = callbacks.renumber(build.canonical(module))
-        canonical = key(("module", form), *self.environment(chosen))
+        canonical = key(("module", form), *self.environment(chosen), *_ffi(form))
         program = self.find(canonical, order) or self.translate(module, canonical, order)
-        if self.is_stored(program) and set(order) == set(markers):
+        if self.is_stored(program, canonical) and set(order) == set(markers):
             extra = {"callbacks": [markers.index(marker) for marker in order]} if order else {}
             self.writer.submit(lambda: self.store.put_alias(raw, Alias(canonical, name, extra)))
         return program, name
@@ -211,13 +212,14 @@ class Client:
         self._programs[canonical.digest] = unbound
         if not self.uncached:
             self.writer.submit(lambda: self.store.note_miss(canonical, unbound.name))
-        if self.is_stored(unbound):
+        if self.is_stored(unbound, canonical):
             self.writer.submit(lambda: self.write(canonical, unbound, files))
         return unbound.bind({ordinal: marker for marker, ordinal in ordinals.items()})
 
-    def is_stored(self, program: Program) -> bool:
-        """Whether the disk cache takes a program; not if it calls a target of `jax.ffi`, which another process may register otherwise."""
-        return not self.uncached and all(c.is_python for c in program.callbacks)
+    def is_stored(self, program: Program, canonical: Key) -> bool:
+        """Whether the disk cache takes a program: not if it calls a target of `jax.ffi` that its key does not name, or with arrays."""
+        named = json.loads(dict(canonical.parts).get("ffi", "[]"))
+        return not self.uncached and all(c.is_python or (c.target in named and is_json(c.config)) for c in program.callbacks)
 
     def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
         """Store a program; runs on the writer's thread."""
@@ -248,6 +250,12 @@ def has_callbacks(program: Program) -> bool:
 
 def _translator() -> str:
     return translator_digest(Path(jax_mps.__file__).parent)
+
+
+def _ffi(form: bytes) -> tuple[tuple[str, str], ...]:
+    """The part of a key that names the Python targets of `jax.ffi` in a program: where one is not registered, XLA's would be called."""
+    named = ffi.named_in(form)
+    return (("ffi", json.dumps(named)),) if named else ()
 
 
 def _identity(raw: Key, markers: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ Values inside a program are `mx.array`s, or NumPy arrays for what a host segment
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -314,7 +315,23 @@ class Callback(Segment):
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Callback:
         inputs, outputs = (tuple(type_from_json(t) for t in manifest[n]) for n in ("inputs", "outputs"))
-        return cls(str(manifest["target"]), manifest["config"], inputs, outputs)
+        return cls(str(manifest["target"]), _tuples(manifest["config"]), inputs, outputs)
+
+
+def is_json(config: Any) -> bool:
+    """Whether a call's attributes come back from JSON as they are (tuples excepted, which `from_manifest` restores)."""
+    if isinstance(config, dict):
+        return all(isinstance(name, str) and is_json(value) for name, value in config.items())
+    if isinstance(config, tuple):
+        return all(is_json(value) for value in config)
+    return config is None or type(config) in (bool, int, str) or (type(config) is float and math.isfinite(config))
+
+
+def _tuples(config: Any) -> Any:
+    """Attributes as they were before JSON made lists of their tuples."""
+    if isinstance(config, dict):
+        return {name: _tuples(value) for name, value in config.items()}
+    return tuple(_tuples(value) for value in config) if isinstance(config, list) else config
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------------------

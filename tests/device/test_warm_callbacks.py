@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from device.programs import run
+from device.programs import Ran, run
 
 TRAIN = """
 @jax.jit
@@ -104,3 +104,39 @@ def test_shapes_are_checked_when_warm(tmp_path: Path) -> None:
     run(WRONG_SHAPE.replace("SIZE", "2"), tmp_path)
     warm = run(WRONG_SHAPE.replace("SIZE", "3"), tmp_path, NO_TRANSLATION="nor MLIR")
     assert "Incorrect output shape" in warm.report["error"]
+
+
+FFI = """
+@functools.partial(jax.jit, static_argnums=1)
+def program(x, scale):
+    return jax.ffi.ffi_call("scaled", jax.ShapeDtypeStruct(x.shape, x.dtype))(x + 1, by=np.float32(scale), sizes=(2, 3), name="n") * 2
+
+jax_mps.register_ffi_target("scaled", FUNCTION)
+if ANOTHER: jax_mps.register_ffi_target("unrelated", lambda x: x)
+report(values=np.asarray(program(np.arange(3, dtype="float32"), 0.5)).tolist())
+"""
+SCALE = "lambda x, by, sizes, name: x * by + sum(sizes) + len(name)"
+
+
+def test_ffi_targets_in_python_are_cached(tmp_path: Path) -> None:
+    """The entry says which target; the function is each process's own. Attributes come back as they were; targets that are not called cost nothing."""
+    head = "import functools\n"
+
+    def once(function: str = SCALE, another: bool = False, **environment: str) -> Ran:
+        return run(head + FFI.replace("FUNCTION", function).replace("ANOTHER", str(another)), tmp_path, **environment)
+
+    cold = once()
+    assert cold.report["values"] == [13.0, 14.0, 15.0]
+    assert cold.stats["translations"] > 0
+    assert once(NO_TRANSLATION="nor MLIR").report["values"] == cold.report["values"]
+    assert once(another=True, NO_TRANSLATION="nor MLIR").report["values"] == cold.report["values"]
+    assert once("lambda x, by, sizes, name: x * 0 + by", NO_TRANSLATION="1").report["values"] == [1.0, 1.0, 1.0]
+
+
+def test_a_target_that_is_not_registered_is_no_hit(tmp_path: Path) -> None:
+    """The name is part of the key: where no function answers for it, the program is refused as it would be without a cache."""
+    source = "import functools\n" + FFI.replace("FUNCTION", SCALE).replace("ANOTHER", "False")
+    run(source, tmp_path)
+    bare = run(source.replace('jax_mps.register_ffi_target("scaled"', '("scaled"'), tmp_path, check=False)
+    assert bare.code != 0
+    assert "scaled" in bare.output
