@@ -411,12 +411,20 @@ class Store:
         log.log(level, text, *args)
 
     def _empty_trash(self) -> None:
+        """Four folders at once: a file costs 20 us to remove, or a hundred times that where the disk has to be waited for."""
         import shutil  # here: 5 ms that most processes never need
+        from concurrent.futures import ThreadPoolExecutor
+
+        def removed(folder: str) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
 
         with suppress(OSError):
-            for name in os.listdir(self.root):
-                if name.startswith(_TRASH):
-                    shutil.rmtree(self.root / name, ignore_errors=True)
+            trash = [f"{self.root}/{name}" for name in os.listdir(self.root) if name.startswith(_TRASH)]
+            inner = [shard for taken in trash for kind in eviction.KINDS for shard in eviction.shards(f"{taken}/{kind}")]
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(removed, inner))
+            for folder in trash:
+                removed(folder)
 
     def _complete_entries(self) -> tuple[list[Listing], list[str]]:
         complete, incomplete = [], []
