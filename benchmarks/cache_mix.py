@@ -1,9 +1,10 @@
 """Five programs, cold and warm, on mps and on XLA:CPU with JAX's own persistent cache: python benchmarks/cache_mix.py [--repeats N] [--json FILE]
 
-Every figure is the least of N processes; the two backends take turns, both in fresh cache folders. `compile` is what JAX waits for between
-lowering and an executable, `first` the first call, `whole` the time from the start of the process to the first result, `cpu` the processor
-time until then, which other programs on the machine disturb less. `plugin` is the processor time that the plugin itself takes to find a warm
-program: reading, hashing, importing; its aim is 15 us an op + 1 ms.
+Every figure is the least of N processes; the two backends take turns, the one that begins another each time, both in fresh cache folders, and
+both with Python's compiled modules in place. `compile` is what JAX waits for between lowering and an executable, `first` the first call, `whole`
+the time from the start of the process to the first result, `cpu` the processor time until then, on all threads, which other programs on the
+machine disturb less. `plugin` is the processor time that the plugin itself takes to find a warm program: reading, hashing, importing; its aim is
+15 us an op + 1 ms. The last line of each program is mps over xla, warm.
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ def run(name: str, backend: str, folder: Path) -> dict[str, float]:
     if backend == "xla":
         settings = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         settings["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    environment = {**os.environ, **settings, "CACHE_MIX_START": str(time.time())}
+    environment = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}  # compiling modules anew would hide everything else
+    environment |= settings | {"CACHE_MIX_START": str(time.time())}
     done = subprocess.run([sys.executable, __file__, "--child", name], env=environment, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     if done.returncode or not found:
@@ -214,10 +216,15 @@ def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
         for backend in BACKENDS:
             found[f"{backend} cold"] = run(name, backend, folders[backend])
         samples: dict[str, list[dict[str, float]]] = {backend: [] for backend in BACKENDS}
-        for _ in range(repeats):
-            for backend in BACKENDS:
+        for turn in range(repeats):
+            for backend in BACKENDS if turn % 2 else reversed(BACKENDS):
                 samples[backend].append(run(name, backend, folders[backend]))
     return found | {f"{backend} warm": least(samples[backend]) for backend in BACKENDS}
+
+
+def ratios(found: dict[str, dict[str, float]]) -> str:
+    mps, xla = (found[f"{backend} warm"] for backend in BACKENDS)
+    return f"  {'mps / xla':10}" + "".join(f"{mps[n] / xla[n]:10.2f}" for n in ("compile", "first", "whole", "cpu"))
 
 
 def line(label: str, row: dict[str, float]) -> str:
@@ -230,7 +237,7 @@ def line(label: str, row: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="warm processes of each program and backend")
+    parser.add_argument("--repeats", type=int, default=5, help="warm processes of each program and backend")
     parser.add_argument("--only", choices=PROGRAMS, action="append", help="these programs only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured, in seconds")
     parser.add_argument("--child", choices=PROGRAMS, help=argparse.SUPPRESS)
@@ -242,7 +249,7 @@ def main() -> None:
     sys.stdout.write(f"{'ms':12}{'compile':>10}{'first':>10}{'whole':>10}{'cpu':>10}{'plugin':>10}{'its aim':>10}\n")
     for name in options.only or PROGRAMS:
         found[name] = measure(name, options.repeats)
-        sys.stdout.write("\n".join([name, *(line(label, row) for label, row in found[name].items())]) + "\n")
+        sys.stdout.write("\n".join([name, *(line(label, row) for label, row in found[name].items()), ratios(found[name])]) + "\n")
         sys.stdout.flush()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
