@@ -4,7 +4,8 @@ Every figure is the least of N processes; the two backends take turns, the one t
 both with Python's compiled modules in place. `compile` is what JAX waits for between lowering and an executable, `first` the first call, `whole`
 the time from the start of the process to the first result, `cpu` the processor time until then, on all threads, which other programs on the
 machine disturb less. `plugin` is the processor time that the plugin itself takes to find a warm program: reading, hashing, importing; its aim is
-15 us an op + 1 ms. The last line of each program is mps over xla, warm.
+15 us an op + 1 ms. `blas` is what it takes to load OpenBLAS, once a process, when the first program with a product is loaded; `plugin` is without
+it, all else is with it. The last line of each program is mps over xla, warm. `devices` is `import jax; jax.devices()` alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 PROGRAMS = ("eager op", "MLP step", "ResNet18 step", "GPT step", "1,000-step scan")
 BACKENDS = ("mps", "xla")
+START = "devices"
 
 
 # ---- the programs: a function and its arguments, NumPy only, so that nothing else is compiled ----------------------------------------
@@ -142,19 +144,23 @@ BUILDERS = dict(zip(PROGRAMS, (eager, mlp, resnet, gpt, scan), strict=True))
 
 
 def watch(spent: dict[str, float]) -> None:
-    """Add up what the plugin spends in compile and in imports."""
+    """Add up what the plugin spends in compile and in imports, and in loading OpenBLAS for them."""
+    from jax_mps import blas
     from jax_mps.pjrt.client import Client
     from jax_mps.plan.segments import Device
 
-    for owner, name in ((Client, "compile"), (Device, "load")):
+    for owner, name, part in ((Client, "compile", "plugin"), (Device, "load", "plugin"), (blas, "install", "blas")):
         original = getattr(owner, name)
 
-        def timed(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+        def timed(*arguments: Any, original: Callable[..., Any] = original, part: str = part) -> Any:
             start = time.thread_time()
             try:
                 return original(*arguments)
             finally:
-                spent["plugin"] += time.thread_time() - start
+                took = time.thread_time() - start
+                spent[part] += took
+                if part == "blas":
+                    spent["plugin"] -= took
 
         setattr(owner, name, timed)
 
@@ -164,7 +170,10 @@ def child(name: str) -> None:
     import jax
 
     on_mps = jax.default_backend() == "mps"
-    spent = {"plugin": 0.0}
+    if name == START:
+        sys.stdout.write(f"FOUND {json.dumps({'whole': time.time() - float(os.environ['CACHE_MIX_START']), 'cpu': time.process_time()})}\n")
+        return
+    spent = {"plugin": 0.0, "blas": 0.0}
     if on_mps:
         watch(spent)
     function, arguments = BUILDERS[name]()
@@ -222,32 +231,35 @@ def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
     return found | {f"{backend} warm": least(samples[backend]) for backend in BACKENDS}
 
 
+TIMES = ("compile", "first", "whole", "cpu")
+
+
 def ratios(found: dict[str, dict[str, float]]) -> str:
     mps, xla = (found[f"{backend} warm"] for backend in BACKENDS)
-    return f"  {'mps / xla':10}" + "".join(f"{mps[n] / xla[n]:10.2f}" for n in ("compile", "first", "whole", "cpu"))
+    return f"  {'mps / xla':10}" + "".join(f"{mps[n] / xla[n]:10.2f}" if n in mps else f"{'':10}" for n in TIMES)
 
 
 def line(label: str, row: dict[str, float]) -> str:
-    times = "".join(f"{1e3 * row[n]:10.1f}" for n in ("compile", "first", "whole", "cpu"))
+    times = "".join(f"{1e3 * row[n]:10.1f}" if n in row else f"{'':10}" for n in TIMES)
     if "plugin" not in row:
         return f"  {label:10}{times}"
     aim = 1 + 0.015 * row["ops"]
-    return f"  {label:10}{times}{1e3 * row['plugin']:10.1f}{aim:10.1f}{row['ops']:8.0f} ops{row['translations']:3.0f} translated"
+    return f"  {label:10}{times}{1e3 * row['plugin']:10.1f}{aim:10.1f}{1e3 * row['blas']:10.1f}{row['ops']:8.0f} ops{row['translations']:3.0f} translated"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="warm processes of each program and backend")
-    parser.add_argument("--only", choices=PROGRAMS, action="append", help="these programs only")
+    parser.add_argument("--only", choices=(START, *PROGRAMS), action="append", help="these programs only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured, in seconds")
-    parser.add_argument("--child", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(START, *PROGRAMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return
     found = {}
-    sys.stdout.write(f"{'ms':12}{'compile':>10}{'first':>10}{'whole':>10}{'cpu':>10}{'plugin':>10}{'its aim':>10}\n")
-    for name in options.only or PROGRAMS:
+    sys.stdout.write(f"{'ms':12}{'compile':>10}{'first':>10}{'whole':>10}{'cpu':>10}{'plugin':>10}{'its aim':>10}{'blas':>10}\n")
+    for name in options.only or (START, *PROGRAMS):
         found[name] = measure(name, options.repeats)
         sys.stdout.write("\n".join([name, *(line(label, row) for label, row in found[name].items()), ratios(found[name])]) + "\n")
         sys.stdout.flush()

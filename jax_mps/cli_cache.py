@@ -263,8 +263,16 @@ def human(amount: float) -> str:
     return f"{amount:.1f} TiB"
 
 
+# These say themselves what is wrong with a folder.
+_ALWAYS = frozenset(["dir", "info", "clear"])
+
+
 def _add(commands: Any, name: str, command: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
-    parser = add_command(commands, name, command, text)
+    def run(options: argparse.Namespace) -> Answer:
+        reason = None if name in _ALWAYS else _store(options).unusable
+        return command(options) if reason is None else _refused(reason)
+
+    parser = add_command(commands, name, run, text)
     parser.add_argument("--dir", type=Path, metavar="FOLDER", help="another cache folder than JAX_MPS_CACHE_DIR or the default")
     return parser
 

@@ -230,7 +230,13 @@ def test_clear_asks_on_a_terminal(store: Store, said: Any, monkeypatch: pytest.M
         assert said("cache", "clear")[0] == code
 
 
-@pytest.mark.parametrize("command", [["clear", "--yes"], ["clear"], ["verify"], ["info"], ["prune", "--stale"]])
+REFUSED = [
+    ["clear", "--yes"], ["clear"], ["verify"], ["info"], ["prune", "--stale"], ["list"], ["show", "x"], ["explain"], ["export", "a.tar"],
+    ["import", "a.tar"], ["warm", "script.py"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", REFUSED, ids=" ".join)
 def test_what_is_not_ours_is_refused(folder: Path, said: Any, command: list[str]) -> None:
     """With exit code 3, and nothing is touched."""
     real = folder.parent / "real"
@@ -238,7 +244,7 @@ def test_what_is_not_ours_is_refused(folder: Path, said: Any, command: list[str]
     (real / "thesis.tex").write_text("")
     folder.symlink_to(real)
     assert said("cache", *command)[0] == 3
-    assert said("cache", *command, "--json")[0] == 3
+    assert said("cache", command[0], "--json", *command[1:])[0] == 3  # `warm` gives the script what comes after it
     assert (real / "thesis.tex").exists()
 
 
@@ -255,7 +261,7 @@ def test_clear_refuses_an_untagged_folder(folder: Path, said: Any) -> None:
 def test_export_and_import(store: Store, tmp_path: Path, said: Any, name: str) -> None:
     """Everything arrives, and is right."""
     file = tmp_path / name
-    assert said("cache", "export", file)[0] == 0
+    assert said("cache", "export", file, "--json") == (0, {"files": {"constants": 1, "entries": 6, "aliases": 6}})
     assert said("cache", "export", file)[0] == 1, "an existing file is not overwritten"
     code, data = said("cache", "import", file, "--dir", tmp_path / "other", "--json")
     assert (code, data["files"]) == (0, {"constants": 1, "entries": 6, "aliases": 6})
@@ -280,6 +286,37 @@ def hostile(tmp_path: Path, good: Path) -> Path:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     return target
+
+
+FAILURES = {
+    "no such entry to show": (["show", "jit_nobody"], 1),
+    "no such entry to explain": (["explain", "jit_nobody"], 1),
+    "no such entry to compare": (["explain", "jit_f1", "jit_nobody"], 1),
+    "two of the name": (["show", ""], 1),
+    "no archive": (["import", "/nonexistent.tar"], 1),
+    "no archive inside": (["import", __file__], 1),
+    "an archive in the way": (["export", __file__], 1),
+    "not asked": (["clear"], 1),
+    "no script": (["warm"], 2),
+    "a script that fails": (["warm", "/nonexistent.py"], 2),  # python's own answer
+    "an unknown order": (["list", "--sort", "colour"], 2),
+    "no number": (["list", "--limit", "some"], 2),
+    "no size": (["prune", "--max-bytes", "plenty"], 2),
+    "no age": (["prune", "--older-than", "yesterday"], 2),
+    "an unknown command": (["empty"], 2),
+    "no key": (["show"], 2),
+}
+
+
+@pytest.mark.parametrize(("command", "code"), FAILURES.values(), ids=FAILURES)
+def test_what_fails_says_so(store: Store, said: Any, command: list[str], code: int) -> None:
+    """By its exit code, with --json as well; nothing is lost."""
+    assert said("cache", *command)[0] == code
+    if code == 1:
+        answer = said("cache", command[0], "--json", *command[1:])
+        assert answer[0] == code
+        assert isinstance(answer[1], dict)
+    assert store.usage()["entries"].files == 6
 
 
 def test_import_takes_only_what_verifies(store: Store, tmp_path: Path, said: Any) -> None:

@@ -110,6 +110,11 @@ def test_what_does_not_change_the_result_is_a_hit(tmp_path: Path) -> None:
 
 # Programs beside MLP, and the part of the key that differs.
 _DEVICE = "import jax_mps.runtime as r; d = r.device()._replace(architecture='other'); r.device = lambda: d\n"
+_KIND = """
+import types, jax_mps.pjrt.client as c, jax_mps.runtime as r
+other = r.device()._replace(kind="other")
+c.runtime = types.SimpleNamespace(device=lambda: other, MLX_VERSION=r.MLX_VERSION, tf32=r.tf32, device_kind=r.device_kind)
+"""
 _FORMAT = "import jax_mps.pjrt.client as c, jax_mps.plan.program as p; c.FORMAT = p.FORMAT = 1_000\n"
 OTHERS = {
     "an op": (MLP.replace("tanh", "sin"), {}, "module"),
@@ -120,6 +125,8 @@ OTHERS = {
     "TF32": (MLP, {"MLX_ENABLE_TF32": "1"}, "tf32"),
     "MLX's version": ("import mlx.core; mlx.core.__version__ = '99.0.0'\n" + MLP, {}, "mlx"),
     "the device": (_DEVICE + MLP, {}, "architecture"),
+    "the device's kind": (_KIND + MLP, {}, "device"),
+    "a compiler option": (MLP.replace("@jax.jit", "import functools\n@functools.partial(jax.jit, compiler_options={'xla_cpu_enable_fast_math': True})"), {}, "options"),
     "the format": (_FORMAT + MLP, {}, "format"),
 }
 
@@ -162,6 +169,24 @@ def test_edited_lowering_is_a_miss(tmp_path: Path) -> None:
     with (copy / "jax_mps" / "ops" / "elementwise.py").open("a") as source:
         source.write("# a fix\n")
     assert once().stats["translations"] > 0
+
+
+def test_two_versions_on_one_folder(tmp_path: Path) -> None:
+    """Two jax-mps of one cache format, at once: each finds its own translation afterwards, and neither the other's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(jax_mps.__file__).parent, copy / "jax_mps", symlinks=False, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "jax_mps" / "ops" / "elementwise.py").open("a") as source:
+        source.write("# another version\n")
+    preludes = (PRELUDE, f"import sys; sys.path.insert(0, {str(copy)!r})\n" + PRELUDE)
+
+    def both(**environment: str) -> list[Ran]:
+        return [finish(p) for p in [start(MLP, tmp_path / "cache", prelude=prelude, **environment) for prelude in preludes]]
+
+    cold, warm = both(), both(NO_TRANSLATION="nor MLIR")
+    assert all(ran.stats["translations"] > 0 for ran in cold)
+    assert len({ran.report["loss"] for ran in (*cold, *warm)}) == 1
+    steps = [e.header.key for e in Store(tmp_path / "cache").entries() if e.header.manifest["summary"]["name"] == "jit_step"]
+    assert [n for n, _, _ in steps[0].differences(steps[1])] == ["translator"]
 
 
 def test_two_processes_on_an_empty_cache(tmp_path: Path) -> None:
