@@ -115,6 +115,7 @@ import types, jax_mps.pjrt.client as c, jax_mps.runtime as r
 other = r.device()._replace(kind="other")
 c.runtime = types.SimpleNamespace(device=lambda: other, MLX_VERSION=r.MLX_VERSION, tf32=r.tf32, device_kind=r.device_kind)
 """
+_OPTION = "import functools\n@functools.partial(jax.jit, compiler_options={'xla_cpu_enable_fast_math': True})"
 _FORMAT = "import jax_mps.pjrt.client as c, jax_mps.plan.program as p; c.FORMAT = p.FORMAT = 1_000\n"
 OTHERS = {
     "an op": (MLP.replace("tanh", "sin"), {}, "module"),
@@ -126,7 +127,7 @@ OTHERS = {
     "MLX's version": ("import mlx.core; mlx.core.__version__ = '99.0.0'\n" + MLP, {}, "mlx"),
     "the device": (_DEVICE + MLP, {}, "architecture"),
     "the device's kind": (_KIND + MLP, {}, "device"),
-    "a compiler option": (MLP.replace("@jax.jit", "import functools\n@functools.partial(jax.jit, compiler_options={'xla_cpu_enable_fast_math': True})"), {}, "options"),
+    "a compiler option": (MLP.replace("@jax.jit", _OPTION), {}, "options"),
     "the format": (_FORMAT + MLP, {}, "format"),
 }
 
