@@ -345,7 +345,11 @@ def _exported_for_cpu() -> None:
     def lower(ctx: Any, *operands: Any, exported: Any) -> Any:
         module = ctx.module_context
         if tuple(module.platforms) == (PLATFORM,) and PLATFORM not in exported.platforms and "cpu" in exported.platforms:
-            ctx = ctx.replace(module_context=module.replace(platforms=("cpu",)))
+            on_cpu = ctx.replace(module_context=module.replace(platforms=("cpu",)))
+            results = original.rule(on_cpu, *operands, exported=exported)
+            if on_cpu.tokens_out is not None:
+                ctx.set_tokens_out(on_cpu.tokens_out)
+            return results
         return original.rule(ctx, *operands, exported=exported)
 
     mlir.register_lowering(_export.call_exported_p, lower, platform=PLATFORM)
