@@ -49,6 +49,7 @@ PJRT_Error* TopologyDescription_Create(PJRT_TopologyDescription_Create_Args* arg
 /* The framework casts what it gets to non-const, but nobody writes to it. */
 static const PJRT_Api api = {
     .struct_size = PJRT_SIZE_UP_TO(PJRT_Api, PJRT_Executable_ParameterMemoryKinds),
+    .extension_start = (PJRT_Extension_Base*)&profiler_extension.base,
     .pjrt_api_version = {.struct_size = PJRT_SIZE_UP_TO(PJRT_Api_Version, minor_version),
                          .major_version = PJRT_ABI_MAJOR,
                          .minor_version = PJRT_ABI_MINOR},

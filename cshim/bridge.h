@@ -27,6 +27,8 @@ int shim_stopping(void);
 int shim_evaluates_at_once(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
+int64_t shim_profile_now(void); /* 0 while nobody traces */
+void shim_profile_event(const char* name, int64_t start); /* a host segment that ended now */
 void shim_watch_interrupts(int on);
 int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most); /* cells found, -1 for no such library */
 int shim_write_cell(const shim_cell* cell, uintptr_t value); /* 0 or an error number */

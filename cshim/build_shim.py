@@ -13,7 +13,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "process", "threads",
+    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "process", "profiler", "threads",
 )  # fmt: skip
 
 # cffi's setuptools hook runs this file as "__cffi__", at the project's root, and setuptools wants
@@ -37,6 +37,8 @@ int shim_stopping(void);
 int shim_evaluates_at_once(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
+int64_t shim_profile_now(void);
+void shim_profile_event(const char* name, int64_t start);
 void shim_watch_interrupts(int on);
 typedef struct { uintptr_t address; int name; int read_only; } shim_cell;
 int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most);

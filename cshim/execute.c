@@ -308,8 +308,15 @@ static PJRT_Error* wait_for_inputs(Job* job) {
   return NULL;
 }
 
+/* While a profile is taken, a program is evaluated before the next one starts. GIL held. */
+static void profile(PJRT_Executable* executable, Cell* const* outputs, int64_t started) {
+  for (size_t i = 0; i < executable->outputs.count; i++) error_release(cell_materialise(outputs[i])); /* the cell has it */
+  profile_event(PROFILE_PROGRAMS, executable->name, started);
+}
+
 void job_run(Job* job) {
   PJRT_Executable* executable = job->executable;
+  int64_t started = profile_now();
   PyObject* results = NULL;
   PJRT_Error* error = wait_for_inputs(job);
   if (!error && executable->direct) {
@@ -332,6 +339,7 @@ void job_run(Job* job) {
     drop_donated(job);
     schedule(executable, job->outputs);
   }
+  if (!error && started) profile(executable, job->outputs, started);
   job_finish(job, error, waiters, true);
   error_release(error);
 }
@@ -481,6 +489,7 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     }
   } else {
     PyObject* results;
+    int64_t started = profile_now();
     PyGILState_STATE gil = PyGILState_Ensure();
     error = (prompt ? run_prompt : run_direct)(executable, inputs, count, &results);
     if (!error) {
@@ -492,6 +501,7 @@ static PJRT_Error* execute(PJRT_Executable* executable, PJRT_Buffer* const* buff
     leave_arguments(buffers, inputs, count, error ? NULL : donated);
     Py_XDECREF(results);
     if (!error) schedule(executable, outputs);
+    if (!error && started) profile(executable, outputs, started);
     PyGILState_Release(gil);
   }
   if (error)

@@ -282,6 +282,17 @@ PJRT_Error* threads_start_evaluator(void);
 void threads_stop(void);
 bool threads_drain(int milliseconds);
 
+/* ---- profiler.c ---- */
+typedef struct {
+  PJRT_Extension_Base base;
+  const void* profiler_api;
+  int64_t traceme_context_id;
+} ProfilerExtension;
+extern const ProfilerExtension profiler_extension;
+typedef enum { PROFILE_PROGRAMS, PROFILE_HOST } ProfileLine;
+int64_t profile_now(void); /* nanoseconds; 0 while nobody traces */
+void profile_event(ProfileLine line, const char* name, int64_t start); /* it ends now; nothing if start is 0 */
+
 /* ---- bridge.c: the Python half ---- */
 #define HOOKS(X)                                                                                        \
   X(plugin_attributes) X(client_create) X(client_destroy) X(compile) X(load) X(serialize)               \

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jax_mps._shim import lib
 from jax_mps.config import settings
 
 log = logging.getLogger(__name__)
@@ -353,6 +354,16 @@ def _exported_for_cpu() -> None:
         return original.rule(ctx, *operands, exported=exported)
 
     mlir.register_lowering(_export.call_exported_p, lower, platform=PLATFORM)
+
+
+@_feature("profiler", _after)
+def _profiler() -> None:
+    """`jax.profiler` traces have a plane with what ran on the device and on the host: JAX asks only plugins that it loads by a path."""
+    from jaxlib import _profiler as profiler
+
+    capsules: list[Any] = []
+    lib.shim_append_capsule(id(capsules))
+    profiler.register_plugin_profiler(capsules[0])
 
 
 @_feature("persistent cache", _after)

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
     "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "approx_top_k", "ffi targets",
     "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
-    "exported for cpu",
+    "exported for cpu", "profiler",
 }  # fmt: skip
 
 
@@ -346,6 +347,33 @@ def test_topologies() -> None:
     assert list(topologies.get_attached_topology(platform="mps").devices) == jax.devices("mps")
     with pytest.raises(Exception, match="get_attached_topology"):
         topologies.get_topology_desc(platform="mps")
+
+
+def test_profiles_have_a_plane(tmp_path: Path) -> None:
+    """Programs by name, each with the time that it took, loops and host segments among them."""
+
+    @jax.jit
+    def product(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    @jax.jit
+    def factor(x: jax.Array) -> jax.Array:
+        return jnp.linalg.eigh(x @ x.T)[1] + 1
+
+    x = jnp.ones((256, 256))
+    jax.block_until_ready((product(x), factor(x[:8, :8])))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready([product(x) for _ in range(3)])
+        jax.block_until_ready(factor(x[:8, :8]))
+    product(x)
+    (file,) = tmp_path.rglob("*.xplane.pb")
+    (plane,) = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if "MLX" in p.name]
+    lines = {line.name: list(line.events) for line in plane.lines}
+    names = [event.name for event in lines["programs"]]
+    assert names.count("jit_product") == 3
+    assert "jit_factor" in names
+    assert all(0 < event.duration_ns < 60e9 for events in lines.values() for event in events)
+    assert any("syevd" in event.name for event in lines["host segments"])
 
 
 def test_fingerprints_find_programs() -> None:

@@ -270,7 +270,11 @@ class Host(Segment):
         if self._function is None:
             self._function = HostFunction(self.files.artifact(self.name), self.inputs, self.outputs)
         arrays = to_host(values)
-        return self._function(arrays)
+        started = lib.shim_profile_now()
+        results = self._function(arrays)
+        if started:
+            lib.shim_profile_event("; ".join(self.reasons).encode(), started)
+        return results
 
     def to_manifest(self) -> Manifest:
         inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
