@@ -11,7 +11,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_COLOURS = {"device": "#d5e8d4", "host": "#f8cecc", "callback": "#ffe6cc", "loop": "#dae8fc", "scan": "#dae8fc", "branch": "#e1d5e7"}
+_COLOURS = {"device": "#d5e8d4", "host": "#f8cecc", "callback": "#ffe6cc", "loop": "#dae8fc", "scan": "#dae8fc", "until": "#dae8fc", "branch": "#e1d5e7"}
 
 
 class NoGraphviz(Exception):
@@ -104,6 +104,8 @@ def _label(segment: Json) -> str:
             return f"callback into Python\n{segment['target']}"
         case "loop":
             return f"loop, {'counted' if segment['counter'] else 'until its condition fails'}\n{segment['carry']} values carried"
+        case "until":
+            return f"loop, until its condition fails\n{len(segment['kept'])} values carried"
         case "scan":
             return f"loop, {segment['trips']} times\n{len(segment['kept'])} values carried"
         case kind:

@@ -22,6 +22,10 @@ _adopted: dict[int, Any] = {}
 LAZY, HOST, READY = 0, 1, 2
 
 
+# On CUDA, what comes from the host lies in managed memory, and in-place updates would keep it there: from so many bytes on, it is copied once.
+_MOVED = 1 << 16
+
+
 def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, int]:
     """A value of dense row-major bytes that are only valid during the call, and its state."""
     name = DTYPES.get(dtype)
@@ -31,8 +35,14 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
     if name not in DEVICE_DTYPES:
         return array.copy(), HOST
     runtime.require_memory(array.nbytes)
+    kind = runtime.device_kind()
     with runtime.locked():
-        return mx_array(array, name), LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else READY
+        value = mx_array(array, name)
+        if kind == "cuda" and array.nbytes >= _MOVED:
+            moved = mx.array(value)
+            mx.async_eval(moved)  # while `value` is held: the copy would take its memory
+            return moved, LAZY
+        return value, LAZY if name == "bfloat16" or kind != "cpu" else READY
 
 
 def adopt(address: int) -> tuple[Any, int] | None:

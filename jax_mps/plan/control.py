@@ -13,6 +13,7 @@ from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
+from jax_mps.plan.conditions import Condition
 from jax_mps.plan.loops import Counter
 from jax_mps.plan.scans import Row
 from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
@@ -21,15 +22,21 @@ from jax_mps.plan.types import TensorType
 
 def read_scalar(value: Any) -> int:
     """A 0-d integer or bool, waiting for it."""
-    if isinstance(value, mx.array):
+    return int(read_number(value))
+
+
+def read_number(value: Any, *, started: bool = False) -> Any:
+    """A 0-d value as Python has it, waiting for it."""
+    if not isinstance(value, mx.array):
+        return np.asarray(value).item()
+    if not started:
         runtime.start([value])
-        runtime.wait()
-        lib.shim_lock()
-        try:
-            return int(value.item())  # type: ignore[arg-type]  # an integer or a bool: the caller knows
-        finally:
-            lib.shim_unlock()
-    return int(np.asarray(value).item())
+    runtime.wait()
+    lib.shim_lock()
+    try:
+        return value.item()
+    finally:
+        lib.shim_unlock()
 
 
 # Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
@@ -132,6 +139,70 @@ class Loop(Segment):
         counter = manifest["counter"] and Counter(*manifest["counter"])
         length, capture = int(manifest["chunk_length"]), manifest["bound_capture"]
         return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
+
+
+@dataclass(slots=True)
+class Until(Segment):
+    """A `while` whose condition the host answers from a few scalars. It reads the carries that the body keeps, those that only count
+    (`counters`: position, step), which the body never sees, and captures; it writes all carries.
+    """
+
+    kept: tuple[int, ...]
+    counters: tuple[tuple[int, int], ...]
+    kinds: tuple[str, ...]  # of all carries
+    condition: Condition
+    body: Block
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        kept, counted = len(self.kept), len(self.kept) + len(self.counters)
+        carry, counts, captures = values[:kept], values[kept:counted], values[counted:]
+        values.clear()  # nobody else may hold a carry: its memory is the next one's
+        places = [(p, self.kept.index(p)) for p in self.condition.carries() if p in self.kept]
+        counting = [(p, step, read_scalar(counts[i])) for i, (p, step) in enumerate(self.counters) if p in self.condition.carries()]
+        outside = {i: read_number(captures[i]) for i in self.condition.captures()}
+        seen = lib.shim_interrupts()
+        lib.shim_watch_interrupts(1)
+        trips, started = 0, False
+        try:
+            while True:
+                known = {p: read_number(carry[i], started=started) for p, i in places}
+                known |= {p: _wrapped(start + trips * step, self.kinds[p]) for p, step, start in counting}
+                if not self.condition.holds(known, outside):
+                    break
+                carry = self.body.run(carry + captures)
+                settle(carry, seen)
+                trips, started = trips + 1, True
+        finally:
+            lib.shim_watch_interrupts(0)
+        results = dict(zip(self.kept, carry, strict=True))
+        with runtime.locked():
+            for value, (position, step) in zip(counts, self.counters, strict=True):
+                kind = self.kinds[position]
+                results[position] = to_device(value, kind) + mx.array(_wrapped(trips * step, kind), MX[kind])
+        return [results[i] for i in range(len(results))]
+
+    def walk(self) -> Sequence[Segment]:
+        return [self, *self.body.walk()]
+
+    def bind(self, markers: Mapping[str, str]) -> Until:
+        return replace(self, body=self.body.bind(markers))
+
+    def to_manifest(self) -> Manifest:
+        fields = {"kept": list(self.kept), "counters": [list(c) for c in self.counters], "types": list(self.kinds)}
+        return {"kind": "until", "body": self.body.to_manifest(), **fields, "condition": [list(t) for t in self.condition.terms]}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, files: Files) -> Until:
+        counters = tuple((int(p), int(s)) for p, s in manifest["counters"])
+        condition = Condition(tuple(tuple(t) for t in manifest["condition"]))
+        kept = tuple(int(i) for i in manifest["kept"])
+        return cls(kept, counters, tuple(map(str, manifest["types"])), condition, Block.from_manifest(manifest["body"], files))
+
+
+def _wrapped(value: int, kind: str) -> int:
+    """An integer as its type holds it."""
+    info = np.iinfo(np.dtype(kind))
+    return (value - int(info.min)) % (int(info.max) - int(info.min) + 1) + int(info.min)
 
 
 # Rows of fewer bytes than this wait to be written together; so many at most.

@@ -63,7 +63,7 @@ def find_counter(cond: Region, body: Region, constants: Constants) -> Counter | 
     if lhs not in cond.arguments or direction not in ("LT", "LE", "GT", "GE"):
         return None
     position = cond.arguments.index(lhs)
-    step = _increment(body, position, inside)
+    step = increment(body, position, inside)
     if step is None or (step > 0) != (direction in ("LT", "LE")):
         return None
     if rhs in inside:
@@ -74,7 +74,7 @@ def find_counter(cond: Region, body: Region, constants: Constants) -> Counter | 
     return Counter(position, step, direction, None, bound_capture=rhs)
 
 
-def _increment(body: Region, position: int, constants: Constants) -> int | None:
+def increment(body: Region, position: int, constants: Constants) -> int | None:
     """The constant that the body adds to a carry, or None."""
     add = _producer(body, body.results[position])
     if add is None or add.name not in ("stablehlo.add", "stablehlo.subtract"):

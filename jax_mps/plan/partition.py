@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from jax_mps.errors import Unsupported
-from jax_mps.plan import loops, scans
+from jax_mps.plan import conditions, loops, scans
 from jax_mps.plan.boundary import COSTS, Costs, Group, Judge
 from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
 
 log = logging.getLogger(__name__)
 
-# MLX's export recurses per op: a segment longer than this is cut.
-MAX_DEVICE_STEPS = 4000
+# A device segment of more steps than this is cut, and one where so many depend on each other in a row: MLX's export and compilation recurse
+# along them. Cuts cost: what is broadcast or fused on one side is an array for the other (an optimizer's update ran 5 times slower).
+MAX_DEVICE_STEPS = 16000
+MAX_DEPTH = 4000
 # A branch whose arms have no more steps than this (and run on the device) is computed on both sides and selected.
 SELECT_BUDGET = 8
 
@@ -42,7 +44,7 @@ class Target:
 class Draft:
     """A node: what kind of segment, its steps, the values it reads and those it gives to others."""
 
-    kind: str  # "device", "host", "callback", "loop", "scan", "branch"
+    kind: str  # "device", "host", "callback", "loop", "scan", "until", "branch"
     steps: list[Step]
     reads: tuple[Value, ...] = ()
     writes: tuple[Value, ...] = ()
@@ -58,6 +60,9 @@ class Draft:
     arms: tuple[DraftBlock, ...] = ()
     carry: int = 0
     scan: scans.Scan | None = None
+    condition: conditions.Condition | None = None
+    kept: tuple[int, ...] = ()
+    counters: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -282,6 +287,9 @@ class _Cutter:
         cond, body = step.regions
         captures = self.captures(cond, body)
         counter = loops.find_counter(cond, body, constants)
+        condition = None if counter else conditions.find_condition(cond, captures, constants)
+        if condition is not None:
+            return self.until(step, condition, captures)
         draft = Draft("loop", [], writes=step.results, carry=len(step.operands), counter=counter)
         draft.reads = step.operands + captures
         draft.body = self.inner().block(body, captures)
@@ -311,6 +319,17 @@ class _Cutter:
                 draft.chunk, draft.chunk_length = chunk, length
         if draft.chunk is None or scan.trips % length:
             draft.body = self.inner().block(scan.repeated(1), captures)
+        return draft
+
+    def until(self, step: Step, condition: conditions.Condition, captures: tuple[Value, ...]) -> Draft:
+        """A loop whose condition the host answers; carries that only count stay on the host. Its reads: carries that are kept, counters, captures."""
+        body = replace(step.regions[1], steps=tuple(live_steps(step.regions[1])))
+        counters = scans.counters(body, {v: s.value for v, s in self.constant_steps.items()})
+        kept = tuple(i for i in range(len(step.operands)) if i not in counters)
+        slim = Region(tuple(body.arguments[i] for i in kept), body.steps, tuple(body.results[i] for i in kept))
+        reads = tuple(step.operands[i] for i in (*kept, *counters)) + captures
+        draft = Draft("until", [], reads=reads, writes=step.results, carry=len(kept), condition=condition, kept=kept, counters=tuple(counters.items()))
+        draft.body = self.inner().block(slim, captures)
         return draft
 
     def branch(self, step: Step) -> Draft:
@@ -367,9 +386,15 @@ def _schedule(steps: list[Step], kinds: Mapping[Step, str]) -> list[Group]:
         kind = next(k for k, queue in ready.items() if queue)
         queue = ready[kind]
         group: list[Step] = []
+        depths: dict[Value, int] = {}
         limit = {"device": MAX_DEVICE_STEPS, "host": len(steps)}.get(kind, 1)
         while queue and len(group) < limit:
             step = queue.pop(0) if limit == 1 else queue.pop()
+            depth = 1 + max((depths.get(v, 0) for v in step.reads()), default=0)
+            if kind == "device" and depth > MAX_DEPTH:
+                queue.append(step)
+                break
+            depths.update(dict.fromkeys(step.results, depth))
             group.append(step)
             take(step)
         group.sort(key=position.__getitem__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jax_mps.plan.loops import Constants, constant_step, find_counter, in_range, inline, invariants, size
+from jax_mps.plan.loops import Constants, constant_step, find_counter, in_range, increment, inline, invariants, size
 from jax_mps.plan.types import DEVICE_DTYPES, Region, Step, TensorType, Value, numpy_dtype
 
 # Rows that a chunk of iterations returns one by one: each is an output, and Metal's kernels bind 31 buffers.
@@ -241,6 +241,19 @@ def _renamed(region: Region, names: Mapping[Value, Value]) -> Region:
     """The region with other values in place of some."""
     steps = tuple(replace(s, operands=tuple(names.get(v, v) for v in s.operands), regions=tuple(_renamed(r, names) for r in s.regions)) for s in region.steps)
     return Region(region.arguments, steps, tuple(names.get(v, v) for v in region.results))
+
+
+def counters(body: Region, constants: Constants) -> dict[int, int]:
+    """Carries that only count, and by how much: no other step reads them."""
+    readers = _readers(body)
+    known = {**constants, **{s.results[0]: s.value for s in body.steps if s.name == "stablehlo.constant"}}
+    found = {}
+    for i, (argument, result) in enumerate(zip(body.arguments, body.results, strict=True)):
+        if not argument.type.rank and argument.type.is_integer and readers.get(argument) == 1 and readers.get(result) == 1:
+            step = increment(body, i, known)
+            if step is not None:
+                found[i] = step
+    return found
 
 
 def _readers(region: Region) -> dict[Value, int]:

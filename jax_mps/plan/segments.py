@@ -349,7 +349,7 @@ def segment_from_manifest(manifest: Manifest, files: Files) -> Segment:
     """
     kinds: Mapping[str, Any] = {"device": Device, "host": Host, "callback": Callback}
     if manifest["kind"] not in kinds:
-        from jax_mps.plan.control import Branch, Loop, Scan  # which are made of blocks, and which few programs have
+        from jax_mps.plan.control import Branch, Loop, Scan, Until  # which are made of blocks, and which few programs have
 
-        kinds = {"loop": Loop, "scan": Scan, "branch": Branch}
+        kinds = {"loop": Loop, "scan": Scan, "until": Until, "branch": Branch}
     return kinds[manifest["kind"]].from_manifest(manifest, files)  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ def _block(block: Block, indent: str) -> Iterator[str]:
 
 
 def _segment(segment: Segment, indent: str) -> Iterator[str]:
-    from jax_mps.plan.control import Branch, Loop, Scan
+    from jax_mps.plan.control import Branch, Loop, Scan, Until
 
     match segment:
         case Device():
@@ -68,6 +68,9 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             for block in [b for b in (segment.body, segment.chunk) if b is not None][:1]:
                 yield from _block(block, indent + "  ")
+        case Until():
+            yield f"{indent}loop, until its condition fails on the host, {len(segment.kept)} values carried"
+            yield from _block(segment.body, indent + "  ")
         case Branch():
             yield f"{indent}branch of {len(segment.arms)}"
             for number, arm in enumerate(segment.arms):

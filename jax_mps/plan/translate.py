@@ -107,6 +107,8 @@ class _Assembler:
                 return self.loop(draft)
             case "scan":
                 return self.scan(draft)
+            case "until":
+                return self.until(draft)
             case _:
                 return self.branch(draft)
 
@@ -174,6 +176,11 @@ class _Assembler:
             chunk=self.block(draft.chunk) if draft.chunk else None,
             chunk_length=draft.chunk_length,
         )
+
+    def until(self, draft: Draft) -> control.Until:
+        assert draft.condition is not None and draft.body is not None
+        kinds = tuple(v.dtype for v in draft.writes)
+        return control.Until(draft.kept, draft.counters, kinds, draft.condition, self.block(draft.body))
 
     def branch(self, draft: Draft) -> control.Branch:
         return control.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")

@@ -12,6 +12,18 @@ import pytest
 from jax import lax
 
 X = np.arange(6, dtype=np.float32)
+ROWS_OF = np.random.default_rng(0).standard_normal((701, 5)).astype(np.float32)
+
+
+def cell(c, x):
+    c = jnp.tanh(c + x)
+    return c, c * 2
+
+
+def norm_below(limit):
+    """A condition and a body on (values, their largest, a counter)."""
+    return lambda c: c[1] > limit, lambda c: (c[0] * 0.9, jnp.max(jnp.abs(c[0])), c[2] + 1)
+
 
 ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "counted": (lambda x: lax.fori_loop(0, 1000, lambda i, c: c * 0.999 + i, x), (X,)),
@@ -56,6 +68,42 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gradient of a scan": (jax.grad(lambda x: lax.scan(lambda c, a: (jnp.sin(c) * a + x, c.sum()), x, jnp.arange(60.0))[1].sum()), (X,)),
     "vmap of a while": (jax.vmap(lambda v: lax.while_loop(lambda c: c < 50, lambda c: c * 1.5 + 1, v)), (X,)),
     "associative scan": (lambda x: lax.associative_scan(jnp.multiply, x + 0.5), (X,)),
+    "rows taken and stacked": (lambda x: lax.scan(cell, jnp.zeros(5), x), (ROWS_OF,)),
+    "rows taken and stacked, reversed": (lambda x: lax.scan(cell, jnp.zeros(5), x, reverse=True), (ROWS_OF,)),
+    "rows, gradient": (jax.grad(lambda x: lax.scan(cell, jnp.zeros(5), x, reverse=True)[1].sum()), (ROWS_OF,)),
+    "rows of 180 kB": (lambda x: lax.scan(lambda c, r: (c + r, r[:, None] * jnp.ones((5, 9000))), jnp.zeros(5), x), (ROWS_OF[:150],)),
+    "rows that are the carry": (lambda x: lax.scan(lambda c, r: (r, c), jnp.zeros(5), x), (ROWS_OF,)),
+    "rows as they came": (lambda x: lax.scan(lambda c, r: (r, r), jnp.zeros(5), x), (ROWS_OF,)),
+    "rows from the counter": (lambda x: lax.fori_loop(0, 700, lambda i, c: c + x[i] * i, jnp.zeros(5)), (ROWS_OF,)),
+    "rows of a part": (lambda x: lax.fori_loop(3, 601, lambda i, c: c.at[i + 2].set(x[650 - i]), jnp.ones((701, 5))), (ROWS_OF,)),
+    "every other row": (lambda x: lax.fori_loop(0, 300, lambda i, c: c.at[2 * i].set(x[i]), jnp.ones((701, 5))), (ROWS_OF,)),
+    "rows that are read again": (lambda x: lax.fori_loop(1, 700, lambda i, c: c.at[i].set(c[i - 1] * 0.5 + x[i]), jnp.zeros((700, 5))), (ROWS_OF,)),
+    "rows past the end": (
+        lambda x: lax.fori_loop(0, 700, lambda i, c: lax.dynamic_update_slice(c, lax.dynamic_slice(x, (i, 0), (1, 5)), (i, 0)), jnp.ones((650, 5))),
+        (ROWS_OF,),
+    ),
+    "columns": (
+        lambda x: lax.fori_loop(
+            0, 600, lambda i, c: lax.dynamic_update_slice(c, lax.dynamic_slice(x, (0, i), (5, 1)) + 1, (0, i)), jnp.ones((5, 650))
+        ),
+        (np.ascontiguousarray(ROWS_OF.T),),
+    ),
+    "integers": (lambda: lax.scan(lambda c, i: (c + i, (c, i)), jnp.int32(0), jnp.arange(1500)), ()),
+    "bfloat16": (lambda x: lax.scan(lambda c, r: (r, c), jnp.zeros(5, jnp.bfloat16), x.astype(jnp.bfloat16)), (ROWS_OF,)),
+    "a scan in a scan": (
+        lambda x: lax.scan(lambda c, r: (lax.scan(lambda a, b: (a * 0.9 + b, a), c, jnp.stack([r] * 600))[0], c), jnp.zeros(5), x),
+        (ROWS_OF[:20],),
+    ),
+    "until the host says so": (lambda x: lax.while_loop(*norm_below(1e-3), (x, jnp.float32(1), 0)), (X,)),
+    "until one of two": (
+        lambda x: lax.while_loop(lambda c: (c[2] < 17) & ~(c[1] <= 1e-4), norm_below(0)[1], (x, jnp.float32(1), np.uint8(250))),
+        (X,),
+    ),
+    "until a given limit": (lambda x, limit: lax.while_loop(*norm_below(limit), (x, jnp.float32(1), 3)), (X, np.float32(0.1))),
+    "until, never": (lambda x: lax.while_loop(*norm_below(2), (x, jnp.float32(1), 3)), (X,)),
+    "until a bool": (lambda x: lax.while_loop(lambda c: c[1], lambda c: (c[0] * 0.9, jnp.max(c[0]) > 0.1, c[2] - 1), (x, True, 5)), (X,)),
+    "until NaN": (lambda x: lax.while_loop(lambda c: c[1] > 0.1, lambda c: (c[0] * 0.9, c[1] * jnp.where(c[0][5] < 1, jnp.nan, 1.0)), (x, 1.0)), (X,)),
+    "until infinity": (lambda x: lax.while_loop(lambda c: c[1] < jnp.inf, lambda c: (c[0] * 9, jnp.max(c[0])), (x, jnp.float32(1))), (X,)),
     "constants as results": (lambda x: lax.fori_loop(0, 600, lambda i, c: (jnp.float32(3), c[0] + x), (jnp.float32(1), x)), (X,)),
 }
 

@@ -114,9 +114,17 @@ def test_a_host_dtype_goes_to_the_host() -> None:
     assert "float64" in block.nodes[0].reasons[0]
 
 
-def test_a_long_line_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_mps.plan.partition.MAX_DEVICE_STEPS", 10)
+@pytest.mark.parametrize("limit", ["MAX_DEVICE_STEPS", "MAX_DEPTH"])
+def test_a_long_line_is_cut(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"jax_mps.plan.partition.{limit}", 10)
     lines = " ".join(f"%{i} = stablehlo.sine %{i - 1} : {T}" for i in range(1, 35))
     _, block = cut(f"%0 = stablehlo.sine %a : {T} {lines} return %34 : {T}")
     assert kinds(block) == ["device"] * 4
     assert sum(len(n.steps) for n in block.nodes) == 35
+
+
+def test_many_steps_side_by_side_are_not_cut_for_their_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax_mps.plan.partition.MAX_DEPTH", 10)
+    lines = " ".join(f"%{i} = stablehlo.sine %a : {T} %s{i} = stablehlo.add %s{i - 1 if i > 1 else 0}, %{i} : {T}" for i in range(1, 8))
+    _, block = cut(f"%s0 = stablehlo.cosine %a : {T} {lines} return %s7 : {T}")
+    assert kinds(block) == ["device"]
