@@ -129,6 +129,14 @@ def case_is_ready_never_blocks():
     table.destroy(x, y)
 
 
+def case_long_copies():
+    """A copy of 20 MiB goes to the host in pieces."""
+    want = np.arange(5 * 2**20 + 3, dtype=np.float32)
+    x = table.put(client, want)
+    assert np.array_equal(table.read(x).view(np.float32).ravel(), want)
+    table.destroy(x)
+
+
 def case_waiting_beside_a_gpu():
     """Where evaluation is long, it is started in the client's scope, and what is waited for is an array that depends on the values."""
     seen = []
