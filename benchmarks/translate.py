@@ -1,6 +1,6 @@
 """Translation cost by program size: a deep chain, a wide graph, many slices of one array.
 
-python -m benchmarks.translate [sizes...]     us per op, and what memory the process grew by
+python -m benchmarks.translate [sizes...]     us of processor time per op, and what memory the process grew by
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def measure(make: Callable[[int], str], ops: int) -> str:
     """One line: us per op, stage by stage."""
     module = build.parse(make(ops).encode())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.process_time()
     build.build(module, translation.claims)
-    built = time.perf_counter()
+    built = time.process_time()
     translation.translate(module)
-    ended = time.perf_counter()
+    ended = time.process_time()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     build_us, all_us = ((b - a) / ops * 1e6 for a, b in ((started, built), (built, ended)))
     return f"{make.__name__:8} {ops:6} ops: {all_us:6.1f} us/op, of which build {build_us:6.1f}   +{grown:.0f} MiB"

@@ -33,7 +33,7 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
         raise InvalidProgram(f"buffers of PJRT element type {dtype} are unknown to this plugin")
     array = np.frombuffer(view, numpy_dtype(name)).reshape(dims)
     if name not in DEVICE_DTYPES:
-        return array.copy(), HOST
+        return _aligned_copy(array), HOST
     runtime.require_memory(array.nbytes)
     kind = runtime.device_kind()
     with runtime.locked():
@@ -43,6 +43,17 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
             mx.async_eval(moved)  # while `value` is held: the copy would take its memory
             return moved, LAZY
         return value, LAZY if name == "bfloat16" or kind != "cpu" else READY
+
+
+_XLA_ALIGNMENT = 64  # XLA on CPU reads memory in place where it starts at a multiple of this, and copies it at each run elsewhere
+
+
+def _aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    memory = np.empty(array.nbytes + _XLA_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _XLA_ALIGNMENT
+    copy: np.ndarray[Any, Any] = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def adopt(address: int) -> tuple[Any, int] | None:

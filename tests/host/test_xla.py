@@ -16,6 +16,8 @@ import pytest
 from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND
 from jax_mps.host import xla
 from jax_mps.host.xla import HostError, HostFunction, host_function
+from jax_mps.pjrt.buffer import HOST, from_host
+from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.types import MLIR_NAMES, Step, TensorType, Value, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -181,3 +183,14 @@ def test_ml_dtypes_are_theirs() -> None:
     """A bfloat16 result is ml_dtypes', not bytes."""
     [result] = identity(TensorType((2,), "bfloat16"))([np.ones(2, ml_dtypes.bfloat16)])
     assert result.dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "dims"), [("float64", (5,)), ("complex128", ()), ("float64", (0, 3)), ("int4", (2, 3)), ("float8_e4m3fn", (7,))])
+def test_values_from_the_host_lie_where_xla_reads_them(dtype: str, dims: tuple[int, ...]) -> None:
+    """Host dtypes are kept at addresses that XLA takes as they are, not those that it copies from at each run."""
+    array = np.arange(np.prod(dims), dtype=np.float32).reshape(dims).astype(numpy_dtype(dtype))
+    value, state = from_host(memoryview(array.tobytes()), NUMBERS[dtype], dims)
+    assert state == HOST
+    assert value.ctypes.data % 64 == 0
+    assert value.dtype == array.dtype
+    np.testing.assert_array_equal(value.astype(np.complex128), array.astype(np.complex128))
