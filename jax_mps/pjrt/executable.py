@@ -24,8 +24,8 @@ from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
 log = logging.getLogger(__name__)
 
 _TOKEN = np.zeros((), bool)
-# Microseconds on the host that a call may take before it returns.
-PROMPT_WORK = 500
+# Microseconds on the host that a call may take before it returns, and what it may wait for the device to compute (`Device.cost`).
+PROMPT_WORK, PROMPT_COST = 500, 1 << 17
 
 
 class Executable:
@@ -99,7 +99,8 @@ def is_prompt(program: Program) -> bool:
     if runtime.device_kind() != "cpu" or program.effects or not all(isinstance(s, (Device, Host)) for s in segments):
         return False
     host = [s.work for s in segments if isinstance(s, Host)]
-    return None not in host and sum(w for w in host if w is not None) <= PROMPT_WORK
+    waits_for = sum(s.cost for s in segments if isinstance(s, Device)) if host else 0
+    return None not in host and sum(w for w in host if w is not None) <= PROMPT_WORK and waits_for <= PROMPT_COST
 
 
 def _callbacks(segments: Sequence[Segment]) -> tuple[Any, ...]:

@@ -124,6 +124,13 @@ def test_a_concatenation_of_two_bit_integers_is_refused() -> None:
         on(MPS, lambda x: jnp.concatenate([x, x]), values("int2"))
 
 
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "int32"])
+def test_zero_in_a_type_without_one(source: str) -> None:
+    """float8_e8m0fnu has powers of two only, no sign and no zero."""
+    x = np.array([0, 1, 2, 3, 5, 127, -1]) if source == "int32" else np.array([0, -0.0, 1, 0.75, 3, 1e-38, 3e38, np.inf, np.nan, -1])
+    check(lambda x: (x.astype(jnp.float8_e8m0fnu), x.astype(jnp.float8_e8m0fnu).astype(jnp.float32)), jnp.asarray(x, source))
+
+
 # ---- collectives of one device ---------------------------------------------------------------------------------------------------
 
 COLLECTIVES: dict[str, Function] = {

@@ -191,6 +191,6 @@ def test_values_from_the_host_lie_where_xla_reads_them(dtype: str, dims: tuple[i
     array = np.arange(np.prod(dims), dtype=np.float32).reshape(dims).astype(numpy_dtype(dtype))
     value, state = from_host(memoryview(array.tobytes()), NUMBERS[dtype], dims)
     assert state == HOST
-    assert value.ctypes.data % 64 == 0
+    assert value.size == 0 or value.ctypes.data % 64 == 0
     assert value.dtype == array.dtype
     np.testing.assert_array_equal(value.astype(np.complex128), array.astype(np.complex128))

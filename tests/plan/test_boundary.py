@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from jax_mps.pjrt.executable import is_prompt
 from jax_mps.plan import build, translate
 from jax_mps.plan.boundary import COSTS
 from jax_mps.plan.partition import Draft, Target, host_loops, partition
+from jax_mps.plan.program import Program
 from jax_mps.plan.show import describe
 from jax_mps.plan.types import Step
 
@@ -147,8 +151,21 @@ def test_results(function: object, size: int) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)  # two different products' rounding, through an inverse
 
 
+def translated(function: Callable[..., jax.Array], size: int) -> Program:
+    arguments = np.eye(size, dtype=np.float32), np.ones((size, 1), np.float32)
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("mps",)).as_text()
+    return translate.translate(build.parse(text.encode()))[0]
+
+
+def test_prompt_programs() -> None:
+    """A call waits for little: not for a large factorisation, nor for a large product before a small one, nor for a callback or a loop."""
+    assert is_prompt(translated(mixed, 8))
+    assert not is_prompt(translated(solved, 2000))
+    assert not is_prompt(translated(lambda a, b: jnp.linalg.cholesky((a @ a)[:4, :4]), 2000))
+    assert not is_prompt(translated(lambda a, b: lax.while_loop(lambda x: x.sum() < 9, lambda x: x * 2, a), 8))
+
+
 def test_explain_says_it() -> None:
-    text = jax.jit(solved).trace(np.eye(8, dtype=np.float32), np.ones((8, 1), np.float32)).lower(lowering_platforms=("mps",)).as_text()
-    program, _ = translate.translate(build.parse(text.encode()))
+    program = translated(solved, 8)
     assert "ops beside them that take less time than a boundary" in describe(program)
     assert len(program.segments()) == 1
