@@ -14,7 +14,7 @@ def _at(*names: str) -> frozenset[str]:
     return frozenset(f"stablehlo.{name}" for name in names)
 
 
-_EXP = "stablehlo.exponential"
+_EXP, _ROOT = _at("exponential"), _at("rsqrt", "sqrt")
 
 # One table after the other; within a table, every step sees its rows in order.
 TABLES: tuple[Table, ...] = (
@@ -26,28 +26,28 @@ TABLES: tuple[Table, ...] = (
         Rewrite("threefry of positions", threefry.counted, frozenset(["jax_mps.threefry2x32"]), "any time before the next"),
     ),
     (
-        Rewrite("gather from the end", indices.gather, _at("gather"), "any time", "stablehlo.select"),
-        Rewrite("scatter from the end", indices.scatter, _at("scatter"), "any time", "stablehlo.select"),
-        Rewrite("indices in bounds", indices.in_bounds, _at("reduce"), "any time", "stablehlo.gather"),
-        Rewrite("random bits", threefry.bits, _at("xor"), "once their counters are known to be positions", "jax_mps.threefry_counted"),
-        Rewrite("uniform numbers", threefry.unit, _at("subtract"), "any time", "stablehlo.bitcast_convert"),
-        Rewrite("erf_inv", special.erf_inv, _at("select"), "any time", "stablehlo.log_plus_one"),
+        Rewrite("gather from the end", indices.gather, _at("gather"), "any time", _at("select")),
+        Rewrite("scatter from the end", indices.scatter, _at("scatter"), "any time", _at("select")),
+        Rewrite("indices in bounds", indices.in_bounds, _at("reduce"), "any time", _at("gather")),
+        Rewrite("random bits", threefry.bits, _at("xor"), "once their counters are known to be positions", frozenset(["jax_mps.threefry_counted"])),
+        Rewrite("uniform numbers", threefry.unit, _at("subtract"), "any time", _at("bitcast_convert")),
+        Rewrite("erf_inv", special.erf_inv, _at("select"), "any time", _at("log_plus_one")),
         Rewrite("gradient of softmax", softmax.softmax_gradient, _at("multiply"), "gradients read the parts of what comes next", _EXP),
         Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
     ),
     (
         Rewrite("softmax", softmax.softmax, _at("divide"), "nothing else reads its parts by now", _EXP),
         Rewrite("log_softmax", softmax.log_softmax, _at("subtract"), "as above", _EXP),
-        Rewrite("normalised rows, scaled", norms.scaled_first, _at("multiply"), "before the next, which they hold in part"),
-        Rewrite("normalised rows", norms.normalised, _at("multiply", "divide"), "any time"),
-        Rewrite("scale of a norm", norms.scaled, _at("multiply"), "after the rows are normalised"),
-        Rewrite("bias of a norm", norms.shifted, _at("add"), "after they are scaled"),
+        Rewrite("normalised rows, scaled", norms.scaled_first, _at("multiply"), "before the next, which they hold in part", _ROOT),
+        Rewrite("normalised rows", norms.normalised, _at("multiply", "divide"), "any time", _ROOT),
+        Rewrite("scale of a norm", norms.scaled, _at("multiply"), "after the rows are normalised", _ROOT),
+        Rewrite("bias of a norm", norms.shifted, _at("add"), "after they are scaled", _ROOT),
         Rewrite("logsumexp", softmax.logsumexp, _at("add"), "as above", _EXP),
     ),
     (
-        Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", "jax_mps.softmax"),
+        Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", frozenset(["jax_mps.softmax"])),
         Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),
-        Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", "stablehlo.transpose"),
+        Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", _at("transpose")),
     ),
 )
 

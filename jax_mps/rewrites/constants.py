@@ -47,8 +47,10 @@ def fold_conversion(step: Step, scope: Scope) -> Step | None:
 def fold_scalars(step: Step, scope: Scope) -> Step | None:
     """Scalars computed from constants: what JAX does to an index (is it negative? then add the size) before it slices, or `jnp.var` to its
     divisor (is it positive?)."""
+    if len(step.results) != 1 or step.result.rank or not step.operands:
+        return None
     values = (*step.operands, *step.results)
-    if not step.operands or not step.results or any(v.type.rank or not (v.type.is_integer or v.dtype in ("bool", "float32")) for v in values):
+    if any(v.type.rank or not (v.type.is_integer or v.dtype in ("bool", "float32")) for v in values):
         return None
     if step.operand.is_floating and step.name not in _ROUNDED:
         return None

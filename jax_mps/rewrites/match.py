@@ -13,6 +13,7 @@ from jax_mps.rewrites.table import Scope
 
 _SPREADING = ("stablehlo.broadcast_in_dim", "stablehlo.reshape")
 _DEEPEST = 16
+_LARGEST_SPLAT = 4096  # elements that are compared; splats are stored as one
 
 
 def origin(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
@@ -62,8 +63,9 @@ def splat(value: Value, scope: Scope) -> Any:
     constant = scope.constant(value)
     if constant is None or constant.size == 0:
         return None
-    first = constant.reshape(-1)[:1]
-    if constant.size > 1 and any(constant.strides) and not bool(np.all(constant == first)):
+    stored = constant[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in constant.strides)]
+    first = stored.reshape(-1)[:1]
+    if stored.size > _LARGEST_SPLAT or not bool(np.all(stored == first)):
         return None
     return first.item() if first.dtype.kind != "V" else float(first.astype(np.float32)[0])
 
@@ -190,7 +192,7 @@ def _leaks(original: Sequence[Step], scope: Scope) -> bool:
         for value in step.operands:
             inside[value] = inside.get(value, 0) + 1
     free = {v for step in original if _is_constant(step, scope) for v in step.results}
-    return any(scope.reads[v] != inside.get(v, 0) for step in original[:-1] for v in step.results if v not in free)
+    return any(scope.reads(v) != inside.get(v, 0) for step in original[:-1] for v in step.results if v not in free)
 
 
 def _is_constant(step: Step, scope: Scope) -> bool:

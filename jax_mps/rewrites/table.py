@@ -6,7 +6,6 @@ table has a reason.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +19,18 @@ from jax_mps.plan.types import Plan, Region, Step, Value
 class Scope:
     """What a rewrite may look at: what made each value so far (arguments are made by nothing), and how often the plan reads it."""
 
-    __slots__ = ("producers", "reads")
+    __slots__ = ("body", "counted", "producers")
 
-    def __init__(self, reads: Mapping[Value, int]) -> None:
+    def __init__(self, body: Region) -> None:
+        self.body = body
         self.producers: dict[Value, Step] = {}
-        self.reads = reads
+        self.counted: dict[Value, int] | None = None
+
+    def reads(self, value: Value) -> int:
+        """How many operands and results of regions the value is; counted when it is first asked for."""
+        if self.counted is None:
+            self.counted = _reads(self.body)
+        return self.counted.get(value, 0)
 
     def maker(self, value: Value, *names: str) -> Step | None:
         """The step that made a value, if it is one of these ops."""
@@ -43,14 +49,14 @@ class Scope:
 class Rewrite:
     """`replace(step, scope)` is the step in a better form, with the same results, or None if it is not one of these.
 
-    roots: the ops that it looks at. needs: an op without which no plan holds one of these.
+    roots: the ops that it looks at. needs: ops one of which every plan holds that holds one of these; none for any plan.
     """
 
     name: str
     replace: Callable[[Step, Scope], Step | None]
     roots: frozenset[str]
     reason: str
-    needs: str | None = None
+    needs: frozenset[str] = frozenset()
 
 
 Table = tuple[Rewrite, ...]
@@ -61,32 +67,46 @@ def apply(plan: Plan, table: Table) -> Plan:
     present = {step.name for step in plan.body.walk()}
     roots: dict[str, list[Rewrite]] = {}
     for rewrite in table:
-        if rewrite.needs is None or rewrite.needs in present:
+        if not rewrite.needs or rewrite.needs & present:
             for name in rewrite.roots & present:
                 roots.setdefault(name, []).append(rewrite)
     if not roots:
         return plan
-    return replace(plan, body=_region(plan.body, Scope(_reads(plan.body)), roots))
+    body = _region(plan.body, Scope(plan.body), roots)
+    return plan if body is plan.body else replace(plan, body=body)
 
 
-def _reads(body: Region) -> Counter[Value]:
-    reads: Counter[Value] = Counter(body.results)
+def _reads(body: Region) -> dict[Value, int]:
+    reads: dict[Value, int] = {}
+    for value in body.results:
+        reads[value] = reads.get(value, 0) + 1
     for step in body.walk():
-        reads.update(step.operands)
+        for value in step.operands:
+            reads[value] = reads.get(value, 0) + 1
         for region in step.regions:
-            reads.update(region.results)
+            for value in region.results:
+                reads[value] = reads.get(value, 0) + 1
     return reads
 
 
 def _region(region: Region, scope: Scope, roots: Mapping[str, list[Rewrite]]) -> Region:
-    steps = []
-    for step in region.steps:
+    """The region, itself where nothing changed."""
+    steps: list[Step] = []
+    changed = False
+    for old in region.steps:
+        step = old
         if step.regions:
-            step = replace(step, regions=tuple(_region(r, scope, roots) for r in step.regions))
+            inner = tuple(_region(r, scope, roots) for r in step.regions)
+            if any(new is not r for new, r in zip(inner, step.regions, strict=True)):
+                step = replace(step, regions=inner)
         for rewrite in roots.get(step.name, ()):
             if step.name in rewrite.roots:
                 step = rewrite.replace(step, scope) or step
-        scope.producers.update(dict.fromkeys(step.results, step))
+        for value in step.results:
+            scope.producers[value] = step
+        changed = changed or step is not old
         steps.append(step)
+    if not changed:
+        return region
     done = Region(region.arguments, tuple(steps), region.results)
     return Region(done.arguments, tuple(live_steps(done)), done.results)
