@@ -43,7 +43,7 @@ def threefry_counted(op: Step) -> Run:
     shape, drawn = op.result.shape, op.drawn
     if _on_gpu(shape):
         return lambda *arrays: _launch("counted", shape, arrays[:2], (), math.prod(drawn))
-    return lambda key0, key1, *rest: _positions_encrypted(key0, key1, shape, drawn)
+    return lambda key0, key1, *rest: _in_blocks(key0, key1, shape, drawn, lambda x, y: [x, y])
 
 
 @lowers("jax_mps.threefry_bits")
@@ -52,12 +52,7 @@ def threefry_bits(op: Step) -> Run:
     shape, drawn = op.result.shape, op.drawn
     if _on_gpu(shape):
         return lambda *arrays: _launch("bits", shape, arrays[:2], (), math.prod(drawn))
-
-    def run(key0: mx.array, key1: mx.array, *rest: mx.array) -> mx.array:
-        x, y = _positions_encrypted(key0, key1, shape, drawn)
-        return x ^ y
-
-    return run
+    return lambda key0, key1, *rest: _in_blocks(key0, key1, shape, drawn, lambda x, y: [x ^ y])
 
 
 @lowers("jax_mps.unit")
@@ -67,9 +62,26 @@ def unit(op: Step) -> Run:
     return lambda bits, *rest: (bits >> mx.array(shift, bits.dtype)).astype(dtype) * scale
 
 
-def _positions_encrypted(key0: mx.array, key1: mx.array, shape: Shape, drawn: Shape) -> list[mx.array]:
-    position = mx.arange(math.prod(drawn), dtype=mx.uint32).reshape(drawn)
-    return [mx.broadcast_to(v, shape) for v in three_fry_2x32((key0, key1), (mx.array(0, mx.uint32), position))]
+# On CPU, a draw of one key is made in up to so many blocks of at least so many elements: each of a hundred steps then finds its operands in a
+# cache, and MLX, which starts steps ahead, holds a sixteenth of the memory.
+_BLOCKS, _BLOCK = 16, 1 << 17
+
+Finish = Callable[[mx.array, mx.array], list[mx.array]]
+
+
+def _in_blocks(key0: mx.array, key1: mx.array, shape: Shape, drawn: Shape, finish: Finish) -> list[mx.array]:
+    """What `finish` makes of both words of the counters (0, position)."""
+    size = math.prod(drawn)
+    if key0.size > 1 or size < 2 * _BLOCK:
+        words = three_fry_2x32((key0, key1), (mx.array(0, mx.uint32), mx.arange(size, dtype=mx.uint32).reshape(drawn)))
+        return [mx.broadcast_to(v, shape) for v in finish(*words)]
+    keys = mx.reshape(key0, ()), mx.reshape(key1, ())
+    block = max(_BLOCK, -(-size // _BLOCKS))
+    starts = range(0, size, block)
+    parts = [
+        finish(*three_fry_2x32(keys, (mx.array(0, mx.uint32), mx.arange(start, min(size, start + block), dtype=mx.uint32)))) for start in starts
+    ]
+    return [mx.reshape(mx.concatenate(list(v)), shape) for v in zip(*parts, strict=True)]
 
 
 # ---- the kernel ----------------------------------------------------------------------------------------------------------------------

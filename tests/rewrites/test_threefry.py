@@ -61,6 +61,12 @@ def test_many_keys(f, names) -> None:
     prove(Case("keys", lambda k: jax.vmap(jax.vmap(one))(k.reshape(2, 2, 2)), args), *names)
 
 
+def test_large() -> None:
+    """Made in blocks on CPU, the last one shorter."""
+    f, args = draws(lambda k: (jax.random.bits(k, (5, 70_001)), jax.random.key_data(jax.random.split(k, 270_000))))
+    prove(Case("large", f, args), *BITS, "threefry_counted")
+
+
 def test_normal() -> None:
     """From a quarter of the ops; the inverse error function is nearer to the truth than XLA's."""
     f, args = draws(lambda k: jax.random.normal(k, (50, 20)))
