@@ -212,12 +212,15 @@ def _windows(x: mx.array, conv: _Conv) -> tuple[mx.array, list[_Axis], _Axis]:
     sliced = _is_slice(conv)
     if sliced:
         steps = {d: s if size == 1 else r for d, size, s, r in zip(spatial, conv.size, conv.strides, conv.rhs_dilation, strict=True)}
-        counts = {d: max(size, out) for d, size, out in zip(spatial, conv.size, conv.out, strict=True)}
-        x = x[tuple(slice(0, (counts[d] - 1) * steps[d] + 1, steps[d]) if d in steps else slice(None) for d in range(x.ndim))]
+        taken = {d: max(size, out) for d, size, out in zip(spatial, conv.size, conv.out, strict=True)}
+        x = x[tuple(slice(0, (taken[d] - 1) * steps[d] + 1, steps[d]) if d in steps else slice(None) for d in range(x.ndim))]
     shape: list[int] = []
     strides: list[int] = []
     axes: list[_Axis] = []
-    for d, n in enumerate(x.shape):
+    counts = x.shape
+    if not sliced and not any(side > 0 for sides in conv.padding for side in sides):
+        x = _row_by_row(x)
+    for d, n in enumerate(counts):
         stride = math.prod(x.shape[d + 1 :])
         groups = {batch: conv.batch_groups, feature: conv.feature_groups}.get(d, 1)
         if d in (batch, feature):
@@ -233,6 +236,13 @@ def _windows(x: mx.array, conv: _Conv) -> tuple[mx.array, list[_Axis], _Axis]:
     last = x.ndim - 1
     innermost = _BATCH if last == batch else _FEATURE if last == feature else ("out", spatial.index(last))
     return x.reshape(shape) if sliced else mx.as_strided(x, shape, strides), axes, innermost
+
+
+def _row_by_row(x: mx.array) -> mx.array:
+    """The array in memory of its own, one longer along an axis: MLX takes strides of nothing but rows, and what is not padded may be a
+    broadcast or a strided view. Of the ops that copy, padding survives export."""
+    longest = max(range(x.ndim), key=x.shape.__getitem__)
+    return mx.pad(x, [(0, int(d == longest)) for d in range(x.ndim)])
 
 
 def _is_slice(conv: _Conv) -> bool:

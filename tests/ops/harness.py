@@ -84,7 +84,22 @@ def lowered(case: Case, *, rewritten: bool = False) -> tuple[Plan, Callable[...,
 def run_on_mlx(case: Case) -> list[np.ndarray[Any, Any]]:
     """Results of the row's program, computed by our lowerings alone."""
     plan, run, arguments = lowered(case)
-    return results_of(plan, run(*arguments), case)
+    return results_of(plan, run(*map(as_view, arguments)), case)
+
+
+def as_view(array: mx.array) -> mx.array:
+    """The same values not row by row: every second of twice as many, or one that is broadcast. Programs hand such arrays to each other."""
+    if array.ndim == 0 or array.size == 0:
+        return array
+    mx.eval(array)
+    view = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    bits = np.asarray(view)
+    if (bits == bits.flat[0]).all():
+        seen = mx.broadcast_to(array.reshape(-1)[0], array.shape)
+    else:
+        seen = mx.repeat(array, 2, axis=-1)[..., ::2]
+    mx.eval(seen)
+    return seen
 
 
 def run_exported(case: Case) -> list[np.ndarray[Any, Any]]:
