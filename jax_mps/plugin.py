@@ -6,6 +6,7 @@ others only, nothing is imported and nothing registered.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -34,6 +35,18 @@ def initialize() -> None:
     if chosen and compat.PLATFORM not in chosen.split(","):
         log.debug("jax_platforms is %r: mps is not registered", chosen)
         return
+    collects = gc.isenabled()
+    gc.disable()  # imports leave no garbage, but enough objects to set off a pass over all of JAX's (50 ms), now or soon after
+    try:
+        _register()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _register() -> None:
+    from jax_mps import compat
+
     try:
         _refuse_another_plugin()
         _require_mlx()

@@ -72,6 +72,12 @@ show()
     assert run(code, "mps", own).splitlines() == ["mps mps cpu mps", "[2. 2.]"] * 2
 
 
+def test_collections_are_left_as_they_were(own: Path) -> None:
+    """Python's collector pauses while the plugin is imported, and goes on afterwards where it was on."""
+    code = "import gc, jax; {}; jax.devices(); print(gc.isenabled())"
+    assert [run(code.format(f"gc.{state}()"), "mps", own).strip() for state in ("enable", "disable")] == ["True", "False"]
+
+
 def test_another_plugin_of_the_name(own: Path, tmp_path: Path) -> None:
     """One sentence that names it; JAX goes on with what is left."""
     (tmp_path / "other" / "other_mps").mkdir(parents=True)
