@@ -2,52 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from jax_mps.plan.loops import Constants
+from jax_mps.plan.trips import JOINED, Condition, Term
 from jax_mps.plan.types import DEVICE_DTYPES, Region, Step, Value
-
-_COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "EQ": operator.eq, "NE": operator.ne, "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge,
-}  # fmt: skip
-_JOINED: Mapping[str, Callable[..., bool]] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.not_}
-
-# "carry" and "capture" (a position), "constant" (a number), or an operation and the places of its operands among the terms before it.
-Term = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """A condition as terms, the last of which is the answer."""
-
-    terms: tuple[Term, ...]
-
-    def carries(self) -> tuple[int, ...]:
-        """The carry positions it reads."""
-        return tuple(t[1] for t in self.terms if t[0] == "carry")
-
-    def captures(self) -> tuple[int, ...]:
-        """The captures it reads."""
-        return tuple(t[1] for t in self.terms if t[0] == "capture")
-
-    def holds(self, carries: Mapping[int, Any], captures: Mapping[int, Any]) -> bool:
-        """The answer, for the scalars that it reads."""
-        known: list[Any] = []
-        for name, *rest in self.terms:
-            match name:
-                case "carry":
-                    known.append(carries[rest[0]])
-                case "capture":
-                    known.append(captures[rest[0]])
-                case "constant":
-                    known.append(rest[0])
-                case _:
-                    operation = _COMPARISONS.get(name) or _JOINED[name]
-                    known.append(operation(*(known[i] for i in rest)))
-        return bool(known[-1])
 
 
 def find_condition(cond: Region, captures: Sequence[Value], constants: Constants) -> Condition | None:
@@ -93,4 +52,4 @@ def _operation(step: Step) -> str | None:
     if step.name == "stablehlo.compare":
         return None if step.attributes.get("compare_type") == "TOTALORDER" else str(step.comparison_direction)
     name = step.name.removeprefix("stablehlo.")
-    return name if name in _JOINED and step.operand.dtype == "bool" else None
+    return name if name in JOINED and step.operand.dtype == "bool" else None

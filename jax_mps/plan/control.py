@@ -13,11 +13,9 @@ from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
-from jax_mps.plan.conditions import Condition
-from jax_mps.plan.loops import Counter
-from jax_mps.plan.scans import Row
 from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
-from jax_mps.plan.types import TensorType
+from jax_mps.plan.tensors import TensorType
+from jax_mps.plan.trips import Condition, Counter, Row
 
 
 def read_scalar(value: Any) -> int:

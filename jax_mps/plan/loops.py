@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jax_mps.plan.trips import Counter
 from jax_mps.plan.types import Region, Step, TensorType, Value
 
 # A loop of a static trip count is unrolled into its segment while trips x body steps stay within this budget.
@@ -15,32 +16,6 @@ UNROLL_BUDGET = 512
 CHUNK_BUDGET = 96
 
 Constants = Mapping[Value, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True)
-class Counter:
-    """Carry `position` runs from its initial value by `step` while `direction` holds against `bound` (a constant, or the value of a carry
-    that the body never changes, or a captured value)."""
-
-    position: int
-    step: int
-    direction: str
-    bound: int | None
-    bound_carry: int | None = None
-    bound_capture: Value | None = None
-
-    def trips(self, start: int, bound: int) -> int:
-        """Number of times that the body runs."""
-        distance = bound - start
-        match self.direction:
-            case "LT":
-                return max(0, -(-distance // self.step))
-            case "LE":
-                return max(0, distance // self.step + 1)
-            case "GT":
-                return max(0, -(distance // -self.step)) if distance < 0 else 0
-            case _:  # GE
-                return max(0, -distance // -self.step + 1) if distance <= 0 else 0
 
 
 def invariants(body: Region) -> frozenset[int]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from jax_mps.errors import Unsupported
 from jax_mps.plan import conditions, loops, scans
 from jax_mps.plan.boundary import COSTS, Costs, Group, Judge
+from jax_mps.plan.trips import Condition, Counter
 from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ class Draft:
     fused: DraftBlock | None = None
     chunk: DraftBlock | None = None
     chunk_length: int = 0
-    counter: loops.Counter | None = None
+    counter: Counter | None = None
     arms: tuple[DraftBlock, ...] = ()
     carry: int = 0
     scan: scans.Scan | None = None
-    condition: conditions.Condition | None = None
+    condition: Condition | None = None
     kept: tuple[int, ...] = ()
     counters: tuple[tuple[int, int], ...] = ()
 
@@ -321,7 +322,7 @@ class _Cutter:
             draft.body = self.inner().block(scan.repeated(1), captures)
         return draft
 
-    def until(self, step: Step, condition: conditions.Condition, captures: tuple[Value, ...]) -> Draft:
+    def until(self, step: Step, condition: Condition, captures: tuple[Value, ...]) -> Draft:
         """A loop whose condition the host answers; carries that only count stay on the host. Its reads: carries that are kept, counters, captures."""
         body = replace(step.regions[1], steps=tuple(live_steps(step.regions[1])))
         counters = scans.counters(body, {v: s.value for v, s in self.constant_steps.items()})

@@ -12,26 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_mps.plan.loops import Constants, constant_step, find_counter, in_range, increment, inline, invariants, size
+from jax_mps.plan.trips import Row
 from jax_mps.plan.types import DEVICE_DTYPES, Region, Step, TensorType, Value, numpy_dtype
 
 # Rows that a chunk of iterations returns one by one: each is an output, and Metal's kernels bind 31 buffers.
 MAX_ROWS = 16
 # A chunk has this many steps.
 CHUNK_BUDGET = 96
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One index of one axis in each iteration: `first` in the first one, then up (`sign` 1) or down (-1)."""
-
-    axis: int
-    first: int
-    sign: int
-
-    def range(self, trip: int, count: int) -> tuple[int, int]:
-        """Where the rows of so many iterations from `trip` on begin and end."""
-        at = self.first + self.sign * trip
-        return (at, at + count) if self.sign > 0 else (at - count + 1, at + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

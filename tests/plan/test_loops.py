@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_mps.plan import build, loops
+from jax_mps.plan.trips import Counter
 from jax_mps.plan.types import Plan, Step, TensorType
 
 LOOP = """module @m {{ func.func public @main(%x: tensor<4xf32>, %lo: tensor<{t}>, %hi: tensor<{t}>) -> tensor<4xf32> {{
@@ -25,7 +26,7 @@ def plan_of(**changes: object) -> Plan:
     return build.build(build.parse(LOOP.format(**{**DEFAULTS, **changes}).encode()))
 
 
-def counter_of(plan: Plan) -> loops.Counter | None:
+def counter_of(plan: Plan) -> Counter | None:
     loop = plan.steps[-1]
     constants = {s.results[0]: s.value for s in plan.steps if s.name == "stablehlo.constant"}
     return loops.find_counter(*loop.regions, constants)
@@ -94,7 +95,7 @@ def test_a_bound_that_is_carried_or_captured() -> None:
 
 def test_a_counter_that_wraps_is_not_trusted() -> None:
     """An int8 that would pass 127 before its bound: the trip count is not computed."""
-    counter = loops.Counter(0, 7, "LT", 127)
+    counter = Counter(0, 7, "LT", 127)
     assert not loops.in_range(counter, 0, 127, TensorType((), "int8"))
     assert loops.in_range(counter, 0, 127, TensorType((), "int32"))
 
