@@ -129,6 +129,7 @@ static PJRT_Error* run(Batch* batch, Cell* const* cells, size_t count, bool here
     done = start(values);
     state_lock();
     batch->started = done;
+    state_changed(); /* somebody may be waiting for it already */
     state_unlock();
   }
   Py_XDECREF(values);
@@ -164,16 +165,16 @@ PJRT_Error* evaluate_lazy(bool here) {
   return error;
 }
 
-/* Until the batch is over, one way or the other. GIL held. */
+/* Until the batch is over, or started: to be asked again. GIL held. */
 static void batch_wait(Batch* batch) {
   state_lock();
   PyObject* started = batch->started;
   batch->started = NULL;
   state_unlock();
-  if (!started) { /* another thread is waiting for it */
+  if (!started) { /* another thread is starting it, or waiting for it */
     PyThreadState* thread = PyEval_SaveThread();
     state_lock();
-    while (!batch_is_over(batch)) state_wait();
+    while (!batch->started && !batch_is_over(batch)) state_wait();
     state_unlock();
     PyEval_RestoreThread(thread);
     return;

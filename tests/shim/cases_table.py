@@ -842,6 +842,37 @@ def case_a_prompt_program():
     table.destroy(x, y, z)
 
 
+def case_waiting_for_what_is_being_started():
+    """Who waits for a value while another thread starts its evaluation does the waiting that the other one will not."""
+    starting, gate, job = threading.Event(), threading.Event(), threading.Event()
+
+    def start(values):
+        starting.set()
+        assert gate.wait(20)
+        toy.engine.evaluate(values)
+
+    def late(x):
+        assert job.wait(20)
+        x.evaluate()
+        return [Thunk(None, (), x.data)]
+
+    means = {"evaluate_now": toy.engine.evaluate, "start": start, "synchronize": lambda: None}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
+    other = table.client()
+    try:
+        x = table.put(other, np.float32([1, 2, 3, 4]))
+        (y,), _ = table.execute(load(Program(late, direct=False, output_states=(2,))), [x])
+        (z,), _ = table.execute(load(Program(thunk(np.negative), cost=10**12)), [y])  # on the executor's thread, which starts it
+        job.set()
+        assert starting.wait(20)
+        threading.Timer(0.3, gate.set).start()
+        np.testing.assert_array_equal(table.read(z), [-1, -2, -3, -4])
+        table.destroy(x, y, z)
+    finally:
+        install()
+        table.client()
+
+
 def case_donated_to_a_job():
     """What a job was given belongs to it: others that evaluate meanwhile leave it alone, and a direct one lets go before it is evaluated."""
     means = {"evaluate_now": toy.engine.evaluate, "start": toy.engine.evaluate, "synchronize": lambda: None}
