@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.platforms import platforms
@@ -75,7 +76,7 @@ def line(result: Result) -> str:
     return f"| {result.name} | {' | '.join(cells)} | {ratio(result, 'mlx')} | {ratio(result, 'xla')} |"
 
 
-def start_rows(small: bool, xla: jax.Device) -> list[Result]:
+def start_rows(small: bool, xla: jax.Device, backends: Sequence[str]) -> list[Result]:
     """Time to the end of the first training step of a new process: with an empty cache, then with a full one."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,7 @@ def start_rows(small: bool, xla: jax.Device) -> list[Result]:
         os.chmod(folder, 0o700)
         for name in ("first step of a process, cold", "first step of a process, warm"):
             result = Result(name, "process")
-            for backend in BACKENDS:
+            for backend in backends:
                 command = [sys.executable, "-m", "benchmarks.start", backend, str(int(small)), str(time.time())]
                 done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
                 found = [float(text.split()[1]) for text in done.stdout.splitlines() if text.startswith("SECONDS")]
@@ -172,7 +173,7 @@ def main() -> None:
         if wanted(row.name):
             keep(measure(row, xla, repeats=repeats, seconds=seconds, backends=options.backends))
     if not options.no_start and wanted("first step of a process"):
-        for result in start_rows(small, xla):
+        for result in start_rows(small, xla, options.backends):
             keep(result)
     slow = [r for r in results if max(r.first.values(), default=0) > 1]
     firsts = [f"{r.name}: " + ", ".join(f"{b} {s:.2f}" for b, s in r.first.items()) for r in slow]
