@@ -22,10 +22,6 @@ _adopted: dict[int, Any] = {}
 LAZY, HOST, READY = 0, 1, 2
 
 
-# On CUDA, what comes from the host lies in managed memory, and in-place updates would keep it there: from so many bytes on, it is copied once.
-_MOVED = 1 << 16
-
-
 def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any, int]:
     """A value of dense row-major bytes that are only valid during the call, and its state."""
     name = DTYPES.get(dtype)
@@ -35,14 +31,8 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
     if name not in DEVICE_DTYPES:
         return _aligned_copy(array), HOST
     runtime.require_memory(array.nbytes)
-    kind = runtime.device_kind()
     with runtime.locked():
-        value = mx_array(array, name)
-        if kind == "cuda" and array.nbytes >= _MOVED:
-            moved = mx.array(value)
-            mx.async_eval(moved)  # while `value` is held: the copy would take its memory
-            return moved, LAZY
-        return value, LAZY if name == "bfloat16" or kind != "cpu" else READY
+        return mx_array(array, name), LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else READY
 
 
 _XLA_ALIGNMENT = 64  # XLA on CPU reads memory in place where it starts at a multiple of this, and copies it at each run elsewhere

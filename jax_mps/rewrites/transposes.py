@@ -34,5 +34,25 @@ def of_product(step: Step, scope: Scope) -> Step | None:
     return replace(better, attributes={**better.attributes, "original": group.original}) if group else None
 
 
+def product_transposed(step: Step, scope: Scope) -> Step | None:
+    """A product whose left and right dimensions are exchanged afterwards, as gradients of weights are: the product of exchanged operands. What
+    is updated with a transposed view, element by element, is read across its rows."""
+    made = scope.maker(step.operands[0], "stablehlo.dot_general")
+    if made is None or scope.reads[made.results[0]] != 1 or made.attributes.get("algorithm") is not None:
+        return None
+    batch = len(made.lhs_batching_dimensions)
+    left = batch + made.operands[0].type.rank - batch - len(made.lhs_contracting_dimensions)
+    if tuple(step.permutation) != (*range(batch), *range(left, made.result.rank), *range(batch, left)) or batch == left:
+        return None
+    exchanged = {
+        f"{side}_{kind}_dimensions": made.attributes[f"{other}_{kind}_dimensions"]
+        for side, other in (("lhs", "rhs"), ("rhs", "lhs"))
+        for kind in ("batching", "contracting")
+    }
+    attributes = {**made.attributes, **exchanged, "precision_config": tuple(reversed(made.precision_config))}
+    group = fuse(made.name, step, made.operands[::-1], scope)
+    return replace(group, attributes={**attributes, "original": group.original}) if group else None
+
+
 def _through(permutation: Sequence[int], dimensions: Sequence[int]) -> tuple[int, ...]:
     return tuple(permutation[d] for d in dimensions)

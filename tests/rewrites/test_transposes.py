@@ -39,7 +39,11 @@ def dot(contract, batch):
         (lambda q, k: dot(((3,), (3,)), ((0, 1), (0, 2)))(q.transpose(0, 2, 1, 3), k), (Q, K), 0),
         (lambda a, b: a.T @ b + a.T, (A, B), 1),  # read elsewhere, too
         (lambda q, k: dot(((3,), (3,)), ((0,), (0,)))(q.transpose(0, 2, 1, 3), k), (Q, K), 1),  # its free dimensions change their order
-        (lambda a, b: (a @ b).T, (A, B), 1),
+        (lambda a, b: (a @ b).T, (A, B), 0),
+        (lambda a, b: (a @ b.T).T, (A, B), 0),
+        (lambda q, k: (q @ k.swapaxes(-1, -2)).swapaxes(-1, -2), (Q, K), 0),
+        (lambda a, b: (lambda y: (y.T, y * 2))(a @ b), (A, B), 1),  # read elsewhere, too
+        (lambda q, k: (q @ k.swapaxes(-1, -2)).swapaxes(0, 1), (Q, K), 1),  # it moves a batch
     ],
 )
 def test_fires_or_not(f, args, left) -> None:
