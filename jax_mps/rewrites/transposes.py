@@ -38,7 +38,7 @@ def product_transposed(step: Step, scope: Scope) -> Step | None:
     """A product whose left and right dimensions are exchanged afterwards, as gradients of weights are: the product of exchanged operands. What
     is updated with a transposed view, element by element, is read across its rows."""
     made = scope.maker(step.operands[0], "stablehlo.dot_general")
-    if made is None or scope.reads[made.results[0]] != 1 or made.attributes.get("algorithm") is not None:
+    if made is None or scope.reads(made.results[0]) != 1 or made.attributes.get("algorithm") is not None:
         return None
     batch = len(made.lhs_batching_dimensions)
     left = batch + made.operands[0].type.rank - batch - len(made.lhs_contracting_dimensions)
