@@ -152,7 +152,11 @@ class _Cutter:
     def __init__(self, target: Target, constant_steps: Mapping[Value, Step] = MappingProxyType({})) -> None:
         self.target = target
         self.constant_steps = dict(constant_steps)
-        self.judge = Judge(target.costs, lambda s: not has_effects(s) and target.host_kind(s) == "xla", self.trips)
+
+    @property
+    def judge(self) -> Judge:
+        """Made anew: kept, it would be a cycle, which only the garbage collector ends."""
+        return Judge(self.target.costs, lambda s: not has_effects(s) and self.target.host_kind(s) == "xla", self.trips)
 
     def inner(self) -> _Cutter:
         return _Cutter(self.target, self.constant_steps)

@@ -1,5 +1,9 @@
 """Memory: a training loop's does not grow, donated arrays' is used again, a loop works in place."""
 
+import gc
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from .programs import run
@@ -56,3 +60,24 @@ assert mx.get_peak_memory() - before < 3 * 1000 * 4096  # two copies: the zeros 
 @pytest.mark.parametrize("program", [LOOP, DONATED, IN_PLACE], ids=["training", "donated", "loop"])
 def test_memory(program, tmp_path):
     run(program, tmp_path)
+
+
+def test_compiling_leaves_no_cycles() -> None:
+    """What a translation made goes when it is done: the garbage collector finds nothing of ours, and no array of MLX's tracing."""
+
+    def f(x: jax.Array) -> jax.Array:
+        y = jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x)
+        return jax.lax.fori_loop(0, 9, lambda i, v: jnp.linalg.cholesky(v @ v.T + jnp.eye(3)), y).sum()
+
+    x = jnp.eye(3)
+    jax.block_until_ready(jax.jit(f)(x))  # whatever is imported or made once
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        jax.block_until_ready(jax.jit(lambda x: f(x) + 1)(x))
+        gc.collect()
+        found = {type(o).__module__ for o in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not [name for name in found if name.startswith(("jax_mps", "mlx"))]
