@@ -154,8 +154,8 @@ def _is_open(step: Step) -> bool:
 def _factoring(call: Step) -> float:
     """Microseconds of a LAPACK call, by the product of its operand's size and least dimension."""
     routine = call.call_target_name.removeprefix("lapack_").removesuffix("_ffi")[1:]
-    kind = max((v.type for v in call.operands), key=lambda t: t.size, default=call.result)
-    return kind.size * min(kind.shape[-2:], default=1) * _LAPACK.get(routine, 5e-3)
+    kind = max((v.type for v in (*call.operands, *call.results)), key=lambda t: t.size, default=None)
+    return 0.0 if kind is None else kind.size * min(kind.shape[-2:], default=1) * _LAPACK.get(routine, 5e-3)
 
 
 def _products(step: Step) -> int:

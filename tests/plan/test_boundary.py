@@ -169,3 +169,9 @@ def test_explain_says_it() -> None:
     program = translated(solved, 8)
     assert "ops beside them that take less time than a boundary" in describe(program)
     assert len(program.segments()) == 1
+
+
+def test_a_call_with_neither_operands_nor_results() -> None:
+    """It has a cost like any other: none that is known."""
+    compiled = jax.jit(lambda: jax.ffi.ffi_call("lapack_sgetrf_ffi", (), has_side_effect=True)()).lower().compile()
+    assert "lapack_sgetrf_ffi" in compiled.as_text()
