@@ -266,12 +266,18 @@ PJRT_Error* cells_evaluate(Cell* const* cells, size_t count) {
   return first;
 }
 
+State cell_state(Cell* cell, PJRT_Error** failure) {
+  state_lock();
+  State state = cell_settle(cell);
+  *failure = state == FAILED ? error_retain(cell->error) : NULL;
+  state_unlock();
+  return state;
+}
+
 PJRT_Error* cell_materialise(Cell* cell) {
   for (;;) {
-    state_lock();
-    State state = cell_settle(cell);
-    PJRT_Error* error = state == FAILED ? error_retain(cell->error) : NULL;
-    state_unlock();
+    PJRT_Error* error;
+    State state = cell_state(cell, &error);
     if (state == FAILED) return error;
     if (state == READY || state == HOST) return NULL;
     if (state == LAZY) {

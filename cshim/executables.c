@@ -128,16 +128,6 @@ static bool read_donated(PyObject* object, PJRT_Executable* executable) {
   return ok;
 }
 
-static size_t put_varint(char* to, uint64_t value) {
-  size_t size = 0;
-  do {
-    char low = (char)(value & 0x7f);
-    value >>= 7;
-    to[size++] = (char)(value ? low | 0x80 : low);
-  } while (value);
-  return size;
-}
-
 /* DeviceAssignmentProto {replica_count = 1, computation_count = 2, repeated computation_devices = 3 {replica_device_ids = 1}} */
 static bool write_assignment(PJRT_Executable* executable) {
   size_t replicas = executable->replicas, partitions = executable->partitions;
@@ -148,18 +138,18 @@ static bool write_assignment(PJRT_Executable* executable) {
     return PyErr_NoMemory() != NULL;
   }
   *to++ = 0x08;
-  to += put_varint(to, replicas);
+  to += write_varint(to, replicas);
   *to++ = 0x10;
-  to += put_varint(to, partitions);
+  to += write_varint(to, partitions);
   for (size_t partition = 0; partition < partitions; partition++) {
     size_t size = 0;
     for (size_t replica = 0; replica < replicas; replica++)
-      size += put_varint(ids + size, (uint64_t)executable->devices[replica * partitions + partition]->description.id);
+      size += write_varint(ids + size, (uint64_t)executable->devices[replica * partitions + partition]->description.id);
     char length[10];
     *to++ = 0x1a;
-    to += put_varint(to, 1 + put_varint(length, size) + size);
+    to += write_varint(to, 1 + write_varint(length, size) + size);
     *to++ = 0x0a;
-    to += put_varint(to, size);
+    to += write_varint(to, size);
     memcpy(to, ids, size);
     to += size;
   }

@@ -294,10 +294,8 @@ static PJRT_Error* wait_for_inputs(Job* job) {
   for (size_t i = 0; i < job->input_count; i++) {
     Cell* cell = job->inputs[i];
     for (;;) {
-      state_lock();
-      State state = cell_settle(cell);
-      PJRT_Error* error = state == FAILED ? error_retain(cell->error) : NULL;
-      state_unlock();
+      PJRT_Error* error;
+      State state = cell_state(cell, &error);
       if (state == FAILED) return error;
       if (state != PENDING) break;
       if (!executor_help()) /* a job inside a job, waiting for the outer one */

@@ -47,6 +47,16 @@ int64_t shim_profile_now(void) { return profile_now(); }
 void shim_profile_event(const char* name, int64_t start) { profile_event(PROFILE_HOST, name, start); }
 
 /* ---- tensorflow.profiler.XSpace, in protobuf's wire format ---- */
+size_t write_varint(char* to, uint64_t value) {
+  size_t size = 0;
+  do {
+    char low = (char)(value & 0x7f);
+    value >>= 7;
+    to[size++] = (char)(value ? low | 0x80 : low);
+  } while (value);
+  return size;
+}
+
 typedef struct {
   char* data;
   size_t size, room;
@@ -68,13 +78,7 @@ static void put_bytes(Text* text, const void* bytes, size_t size) {
 
 static void put_varint(Text* text, uint64_t value) {
   char out[10];
-  size_t size = 0;
-  do {
-    char low = (char)(value & 0x7f);
-    value >>= 7;
-    out[size++] = (char)(value ? low | 0x80 : low);
-  } while (value);
-  put_bytes(text, out, size);
+  put_bytes(text, out, write_varint(out, value));
 }
 
 static void put_int(Text* text, int field, int64_t value) {

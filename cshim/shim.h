@@ -141,6 +141,7 @@ void evaluation_started(int64_t cost);
 bool evaluates_at_once(void); /* little is under way, and who waits evaluates */
 PJRT_Error* evaluate_lazy(bool here); /* GIL held; starts all that is lazy, or ends it, if that is short and the caller may wait */
 PJRT_Error* cells_evaluate(Cell* const* cells, size_t count); /* GIL held; one record's; waits */
+State cell_state(Cell* cell, PJRT_Error** failure); /* and the error, counted, of one that failed */
 PJRT_Error* cell_materialise(Cell* cell); /* GIL held; evaluated, or why not */
 
 /* ---- client.c ---- */
@@ -290,6 +291,7 @@ typedef struct {
 } ProfilerExtension;
 extern const ProfilerExtension profiler_extension;
 typedef enum { PROFILE_PROGRAMS, PROFILE_HOST } ProfileLine;
+size_t write_varint(char* to, uint64_t value); /* protobuf's, at most 10 bytes; how many */
 int64_t profile_now(void); /* nanoseconds; 0 while nobody traces */
 void profile_event(ProfileLine line, const char* name, int64_t start); /* it ends now; nothing if start is 0 */
 

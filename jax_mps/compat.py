@@ -543,8 +543,8 @@ def _annotate(module: Any, call: Any, sharding: Any, *, first_is_token: bool) ->
         from jax._src.interpreters import mlir
         from jax._src.named_sharding import SdyArray
         from jax._src.sharding_impls import SdyArrayList
-    except ImportError as error:  # there is one device
-        log.debug("a callback's sharding is left out: %s", error)
+    except ImportError as error:  # with one device it says nothing
+        log.warning("a callback's sharding is left out: %s", error)
         return
     if first_is_token and isinstance(sharding, SdyArrayList):
         token = SdyArray(mesh_shape=(), dim_shardings=(), logical_device_ids=sharding.shardings[0].logical_device_ids)

@@ -6,8 +6,6 @@ right answer: what a program of many devices does can be tested without them.
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 from jax_mps import compat
 from jax_mps.calls import callbacks
 from jax_mps.errors import UNIMPLEMENTED, JaxMpsError
-from jax_mps.host.xla import HostError, to_numpy
+from jax_mps.host.xla import HostError, cpu, to_numpy
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -93,11 +91,11 @@ class Sharded:
         """
         compat.initialize_lapack()
         xla = compat.xla_client()
-        self._cpu = _cpu(replicas * partitions)
+        self._cpu = cpu(replicas * partitions)
         chosen = xla.CompileOptions.ParseFromString(options)
         chosen.device_assignment = xla.DeviceAssignment.create(np.arange(replicas * partitions).reshape(replicas, partitions))
         try:
-            self._loaded = self._cpu.client.compile_and_load(code, self._cpu.list, chosen, *([list(callbacks)] if callbacks else []))
+            self._loaded = self._cpu.compile(code, chosen, *([list(callbacks)] if callbacks else []))
             self.module: bytes = self._loaded.hlo_modules()[0].as_serialized_hlo_module_proto()
         except Exception as error:  # jaxlib's error classes differ between versions
             raise HostError("compiling for several devices", error) from error
@@ -113,15 +111,18 @@ class Sharded:
         Raises:
             HostError: the run fails.
         """
-        cpu, count = self._cpu, len(self._avals)
+        count = len(self._avals)
         try:
-            puts = [cpu.put(aval, [a.reshape(aval.shape) if a.size else _TOKEN for a in arrays[i::count]]) for i, aval in enumerate(self._avals)]
+            puts = []
+            for i, (aval, kind) in enumerate(zip(self._avals, self.parameters, strict=True)):
+                parts = arrays[i::count] if kind.dtype != "token" else [_TOKEN] * len(self._cpu.devices)
+                puts.append(self._cpu.put(aval, *parts))
             run = self._loaded.execute_sharded(puts, with_tokens=True)
             done = run.consume_token()
             results = run.disassemble_into_single_device_arrays()
             outputs = [
                 np.zeros((), bool) if kind.dtype == "token" else to_numpy(shards[device])
-                for device in range(len(cpu.devices))
+                for device in range(len(self._cpu.devices))
                 for shards, kind in zip(results, self.results, strict=True)
             ]
             done.block_until_ready()  # each device has a thread of its own, and results may be none
@@ -135,35 +136,3 @@ class Sharded:
 
 def _type(shape: Any) -> TensorType:
     return TensorType((), "token") if shape.is_token() else TensorType(tuple(shape.dimensions()), str(shape.numpy_dtype()))
-
-
-class _Cpu:
-    """The private client and its devices."""
-
-    def __init__(self, count: int) -> None:
-        xla = compat.xla_client()
-        self.client = xla.make_cpu_client(asynchronous=False, num_devices=count)
-        self.devices = self.client.local_devices()
-        self.list = xla.DeviceList(tuple(self.devices))
-        self._one = [xla.SingleDeviceSharding(device) for device in self.devices]
-        # Says nothing about the data: a program looks at each device's own part only.
-        self._all = xla._xla.GSPMDSharding(self.list, xla.HloSharding.replicate())
-        self._xla = xla
-
-    def put(self, aval: Any, shards: Sequence[Array]) -> Any:
-        put, placed = self._xla._xla.batched_device_put, zip(self._one, shards, self.devices, strict=True)
-        arrays = [put(aval, sharding, [array], [device], enable_x64=True) for sharding, array, device in placed]
-        return self._xla.ArrayImpl(aval, self._all, arrays, committed=True, _skip_checks=True)
-
-
-_lock = threading.Lock()
-
-
-@functools.cache
-def _made_cpu(count: int) -> _Cpu:
-    return _Cpu(count)
-
-
-def _cpu(count: int) -> _Cpu:
-    with _lock:  # functools.cache alone may make two
-        return _made_cpu(count)

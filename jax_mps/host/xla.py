@@ -106,11 +106,11 @@ def check_options(options: bytes) -> None:
     Raises:
         InvalidOption: an option that XLA does not know, or a value that it cannot have.
     """
-    xla, cpu = compat.xla_client(), _cpu()
+    xla = compat.xla_client()
     trial = xla.CompileOptions()
     trial.env_option_overrides = xla.CompileOptions.ParseFromString(options).env_option_overrides
     try:
-        cpu.compile("func.func @main() { return }", trial)
+        cpu().compile("func.func @main() { return }", trial)
     except Exception as error:  # jaxlib's error classes differ between versions
         raise InvalidOption(str(error).removeprefix("INVALID_ARGUMENT: ")) from error
 
@@ -137,14 +137,14 @@ class _Executable:
         self._dtypes = [numpy_dtype(t.dtype) for t in inputs]
         self._avals = [compat.shaped_array(t.shape, d) for t, d in zip(inputs, self._dtypes, strict=True)]
         try:
-            self._loaded = _cpu().load(artifact)
+            self._loaded = cpu().load(artifact)
         except Exception as error:  # jaxlib's error classes differ between versions
             raise HostError("compiling", error) from error
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        cpu = _cpu()
+        engine = cpu()
         try:
-            puts = [cpu.put(aval, a) for aval, a in zip(self._avals, arrays, strict=True)]
+            puts = [engine.put(aval, a) for aval, a in zip(self._avals, arrays, strict=True)]
             results = self._loaded.execute_sharded(puts).disassemble_into_single_device_arrays()
             outputs = [to_numpy(shards[0]) for shards in results]
             for put in puts:  # an input that the program does not read may still be in copy
@@ -161,19 +161,21 @@ def to_numpy(result: Any) -> Array:
     return np.asarray(result)  # ml_dtypes have no buffer format
 
 
-class _Cpu:
-    """The private client and its one device."""
+class Cpu:
+    """A private client with so many devices."""
 
-    __slots__ = ("_client", "_compile_options", "_devices", "_list", "_put", "_sharding")
+    __slots__ = ("_all", "_array", "_client", "_compile_options", "_list", "_put", "_shardings", "devices")
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         xla = compat.xla_client()
-        self._client = xla.make_cpu_client(asynchronous=False)
-        self._devices = [self._client.local_devices()[0]]
-        self._list = xla.DeviceList(tuple(self._devices))
-        self._sharding = xla.SingleDeviceSharding(self._devices[0])
+        self._client = xla.make_cpu_client(asynchronous=False, num_devices=count)
+        self.devices = list(self._client.local_devices())
+        self._list = xla.DeviceList(tuple(self.devices))
+        self._shardings = [xla.SingleDeviceSharding(device) for device in self.devices]
         self._compile_options = xla.CompileOptions()
-        self._put = xla._xla.batched_device_put
+        self._put, self._array = xla._xla.batched_device_put, xla.ArrayImpl
+        # of an array on all: says nothing about its parts, of which a program looks at each device's own only
+        self._all = xla._xla.GSPMDSharding(self._list, xla.HloSharding.replicate()) if count > 1 else None
 
     def load(self, artifact: bytes) -> Any:
         """The artifact's executable: kept from an earlier process, or compiled."""
@@ -183,22 +185,26 @@ class _Cpu:
             kept.keep(artifact, found.serialize)
         return found
 
-    def compile(self, program: bytes | str, options: Any) -> Any:
-        return self._client.compile_and_load(program, self._list, options)
+    def compile(self, program: Any, options: Any, *callbacks: Any) -> Any:
+        return self._client.compile_and_load(program, self._list, options, *callbacks)
 
-    def put(self, aval: Any, array: Array) -> Any:
+    def put(self, aval: Any, *parts: Array) -> Any:
+        """One array, with a part of the same abstract value on each device."""
+        placed = zip(self._shardings, parts, self.devices, strict=True)
         # without enable_x64, 64-bit elements are silently narrowed when JAX's flag is off
-        return self._put(aval, self._sharding, [array], self._devices, enable_x64=True)
+        arrays = [self._put(aval, sharding, [part], [device], enable_x64=True) for sharding, part, device in placed]
+        return arrays[0] if self._all is None else self._array(aval, self._all, arrays, committed=True, _skip_checks=True)
 
 
 _cpu_lock = threading.Lock()
 
 
 @functools.cache
-def _made_cpu() -> _Cpu:
-    return _Cpu()
+def _made_cpu(count: int) -> Cpu:
+    return Cpu(count)
 
 
-def _cpu() -> _Cpu:
+def cpu(count: int = 1) -> Cpu:
+    """The process's private client with so many devices."""
     with _cpu_lock:  # functools.cache alone may make two
-        return _made_cpu()
+        return _made_cpu(count)

@@ -32,7 +32,8 @@ class Costs:
 
 # Measured with 64x64 float32 on Linux, jax 0.10.2, MLX 0.32.4 (docs/performance.md): on CPU a region's call takes 35 us, of which XLA's own
 # 12-20; a segment 10-20 and its evaluation 25-65; an iteration 15-31; its cores are the host's, and MLX writes 1.2 ns an element where XLA
-# writes 0.3. An H100's answer takes 60 us more, a launch 5; Metal is taken for one.
+# writes 0.3. An H100's answer takes 60 us more, a launch 5: its row is
+# put together from that, not measured as a boundary; Metal is taken for one.
 COSTS: Mapping[str, Costs] = {
     "cpu": Costs(call=40, segment=20, wait=40, megabyte=100, iteration=15, share=0.25),
     "cuda": Costs(call=60, segment=40, wait=100, megabyte=200, iteration=60, share=1),

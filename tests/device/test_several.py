@@ -35,6 +35,7 @@ PROGRAMS = {
     "resharded": "jax.device_put(there, NamedSharding(mesh, P('y', 'x')))",
     "one of them": "jnp.sin(jax.device_put(a, jax.devices()[5])) + 1",
     "integers": "jax.jit(lambda a: (a.astype(jnp.int8) >> 1, (a > 0).sum(0), a.astype(jnp.bfloat16)))(there)",
+    "no elements": "jax.jit(lambda a: (a * 2, a.sum(1)))(jax.device_put(a[:, :0], NamedSharding(mesh, P('x'))))",
     "no input": "jax.jit(lambda: jnp.arange(16.), out_shardings=NamedSharding(mesh, P('x')))()",
     "random": "jax.jit(lambda k: jax.random.normal(k, (8, 4)), out_shardings=NamedSharding(mesh, P('x')))(jax.random.key(3))",
 }
