@@ -23,8 +23,8 @@ from jax_mps.cache.paths import FORMAT
 
 _PREFIX = struct.Struct("<8sQQ32s")  # magic, bytes of the header, bytes of the file, sha256 of the header
 _MAGIC = b"jaxmps%02d" % FORMAT
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_HEX = frozenset("0123456789abcdef")
 _DESCRIPTORS = "/proc/self/fd"
 
 Json = dict[str, Any]
@@ -115,7 +115,7 @@ def encode_entry(key: Key, manifest: Json, files: Mapping[str, Buffer], constant
     """The bytes of an entry, in pieces. Raises ValueError or TypeError for names or manifests that cannot be stored."""
     table, offset = [], 0
     for name, data in files.items():
-        if not _NAME.fullmatch(name):
+        if not re.fullmatch(_NAME, name):
             raise ValueError(f"{name!r} cannot name a file of an entry")
         size = memoryview(data).nbytes
         table.append([name, offset, size, hashlib.sha256(data).hexdigest()])
@@ -201,7 +201,7 @@ def decode_alias(data: bytes, raw: str) -> Alias:
 
 def is_digest(text: str) -> bool:
     """Whether `text` is a digest as we write them, and so a safe file name."""
-    return _DIGEST.fullmatch(text) is not None
+    return len(text) == 64 and _HEX.issuperset(text)
 
 
 def _dump(fields: Json) -> bytes:
@@ -271,7 +271,7 @@ def _table(rows: list[list[Any]], body: int, total: int) -> dict[str, tuple[int,
             "the files do not follow each other",
         )
         _require(
-            _NAME.fullmatch(name) is not None and name not in table,
+            re.fullmatch(_NAME, name) is not None and name not in table,
             "a file has a name it cannot have",
         )
         table[name] = (end, size, digest)

@@ -25,7 +25,7 @@ PARTITIONED = "mps.partitioned"  # an attribute of the call
 
 Array = np.ndarray[Any, Any]
 
-_MARKER = re.compile(rb"mps_callback:([0-9a-f]{16})")
+_MARKER = rb"mps_callback:([0-9a-f]{16})"
 _NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32", "complex128": "complex64"}
 
 
@@ -102,7 +102,7 @@ def renumber(program: bytes) -> tuple[bytes, tuple[str, ...]]:
     def ordinal(match: re.Match[bytes]) -> bytes:
         return b"mps_callback:%016x" % found.setdefault(match[0], len(found))
 
-    renumbered = _MARKER.sub(ordinal, program)
+    renumbered = re.sub(_MARKER, ordinal, program)
     return renumbered, tuple(m.decode() for m in found)
 
 

@@ -72,7 +72,7 @@ class Client:
         def source() -> bytes:
             return compile_options.pack(code, options)
 
-        if chosen.count > 1:
+        if chosen.participants > 1:
             from jax_mps.pjrt.sharded import ShardedExecutable
 
             return ShardedExecutable(code, options, chosen, bytes.fromhex(identity), source)

@@ -18,7 +18,6 @@ from jax_mps.pjrt.types import NUMBERS
 from jax_mps.plan.fusion import compiled, wants_compile
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Callback, Device, Host, Segment
-from jax_mps.plan.show import announce_host
 from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,10 @@ class Executable:
     """A program under the name and options that one compile call gave it. C reads the attributes once (cshim/README.md)."""
 
     def __init__(self, program: Program, name: str, fingerprint: bytes, source: Callable[[], bytes], devices: Devices) -> None:
-        announce_host(program)
+        if program.host_segments:
+            from jax_mps.plan.show import announce_host
+
+            announce_host(program)
         self.program = program
         self.source = source  # what `serialize` stores
         self.name = name

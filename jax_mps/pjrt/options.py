@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jax_mps.errors import InvalidProgram
 
@@ -17,8 +17,7 @@ Devices = tuple[tuple[int, ...], ...]
 _MAGIC = b"jax-mps program 2\n"  # then a sha256 of the rest, since MLIR's reader may crash on damaged bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
+class CompileOptions(NamedTuple):
     """devices: of each replica, the ids of the devices that run its partitions; overrides: what the user gave to
     `jax.jit(..., compiler_options={...})`, sorted by name."""
 
@@ -26,8 +25,8 @@ class CompileOptions:
     overrides: tuple[tuple[str, str], ...] = ()
 
     @property
-    def count(self) -> int:
-        """Of devices."""
+    def participants(self) -> int:
+        """How many devices."""
         return sum(map(len, self.devices))
 
     def text(self) -> str:

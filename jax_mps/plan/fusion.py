@@ -54,8 +54,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_NODE = re.compile(r'^\{ (\d+) \[label ="Compiled')
-_EDGE = re.compile(r'^(?:"\w+" -> (\d+)|(\d+) -> "\w+")$')
+_NODE = r'\{ (\d+) \[label ="Compiled'
+_EDGE = r'(?:"\w+" -> (\d+)|(\d+) -> "\w+")$'
 
 
 def widest_kernel(fused: Callable[..., Any], arrays: Sequence[mx.array]) -> int:
@@ -68,8 +68,8 @@ def widest_kernel(fused: Callable[..., Any], arrays: Sequence[mx.array]) -> int:
     kernels = set()
     ends: Counter[str] = Counter()
     for line in text.getvalue().splitlines():
-        if node := _NODE.match(line):
+        if node := re.match(_NODE, line):
             kernels.add(node[1])
-        elif edge := _EDGE.match(line):
+        elif edge := re.match(_EDGE, line):
             ends[edge[1] or edge[2]] += 1
     return max((ends[kernel] for kernel in kernels), default=0)

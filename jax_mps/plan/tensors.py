@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -43,8 +42,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(extended if extended is not None else dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorType:
+class TensorType(NamedTuple):
     """A static shape and an element type, named as NumPy and ml_dtypes name it ("float32", "bool", "int4", "token")."""
 
     shape: tuple[int, ...]
