@@ -182,16 +182,14 @@ PJRT_Error* Buffer_DynamicDimensionIndices(PJRT_Buffer_DynamicDimensionIndices_A
 }
 
 PJRT_Error* Buffer_GetMemoryLayout(PJRT_Buffer_GetMemoryLayout_Args* args) {
-  /* Row-major: the last n entries are n-1 ... 0. */
-  static const int64_t minor_to_major[] = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16,
-                                           15, 14, 13, 12, 11, 10, 9,  8,  7,  6,  5,  4,  3,  2,  1,  0};
   size_t ndim = args->buffer->ndim;
-  if (ndim > COUNT_OF(minor_to_major)) return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the layout of %zu dimensions", ndim);
+  const Layout* layout = args->buffer->layout ? args->buffer->layout : layout_row_major(ndim);
+  if (!layout) return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the layout of %zu dimensions", ndim);
   memset(&args->layout, 0, sizeof args->layout);
   args->layout.struct_size = PJRT_SIZE_UP_TO(PJRT_Buffer_MemoryLayout, type);
   args->layout.type = PJRT_Buffer_MemoryLayout_Type_Tiled;
   args->layout.tiled.struct_size = PJRT_SIZE_UP_TO(PJRT_Buffer_MemoryLayout_Tiled, num_tiles);
-  args->layout.tiled.minor_to_major = minor_to_major + COUNT_OF(minor_to_major) - ndim;
+  args->layout.tiled.minor_to_major = layout->minor_to_major;
   args->layout.tiled.minor_to_major_size = ndim;
   return NULL;
 }
@@ -212,7 +210,8 @@ PJRT_Error* Buffer_Memory(PJRT_Buffer_Memory_Args* args) {
 }
 
 PJRT_Error* Buffer_IsOnCpu(PJRT_Buffer_IsOnCpu_Args* args) {
-  args->is_on_cpu = args->buffer->memory->device->client->is_on_cpu;
+  /* the memory that a pointer would show is row-major: what JAX takes for something else is copied out */
+  args->is_on_cpu = args->buffer->memory->device->client->is_on_cpu && !args->buffer->layout;
   return NULL;
 }
 
@@ -467,15 +466,20 @@ PJRT_Error* Client_BufferFromHostBuffer(PJRT_Client_BufferFromHostBuffer_Args* a
   }
   if (args->num_byte_strides > 0 && args->num_byte_strides != args->num_dims)
     return INVALID("%zu strides for %zu dimensions", args->num_byte_strides, args->num_dims);
+  const Layout* layout = NULL;
+  PJRT_Error* error = args->device_layout ? layout_read(args->device_layout, args->num_dims, &layout) : NULL;
+  if (error) return error;
   Cell* cell = NULL;
   PyGILState_STATE gil = PyGILState_Ensure();
-  PJRT_Error* error = read_host(args, nbytes, &cell);
+  error = read_host(args, nbytes, &cell);
   PyGILState_Release(gil);
   if (error) return error;
   PJRT_Device* device = args->device ? args->device : args->client->devices[0];
   args->buffer = buffer_new(args->memory ? args->memory : device->memories[0], cell, args->type, nbytes, args->num_dims, args->dims);
   args->done_with_host_buffer = &event_ready; /* the host's bytes are not looked at again */
-  return args->buffer ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+  if (!args->buffer) return error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+  args->buffer->layout = layout ? layout_or_null(layout) : NULL;
+  return NULL;
 }
 
 PJRT_Error* Client_CreateErrorBuffer(PJRT_Client_CreateErrorBuffer_Args* args) {
@@ -497,29 +501,31 @@ PJRT_Error* Client_CreateErrorBuffer(PJRT_Client_CreateErrorBuffer_Args* args) {
 }
 
 /* ---- to the host ---- */
+static void lay_out(int64_t* strides, const Layout* layout, const int64_t* dims, size_t item) {
+  int64_t stride = (int64_t)item;
+  for (size_t i = 0; i < layout->ndim; i++) {
+    strides[layout->minor_to_major[i]] = stride;
+    stride *= dims[layout->minor_to_major[i]];
+  }
+}
+
+/* Of the layout that the caller asks for, which may be the buffer's own. */
 static PJRT_Error* host_strides(const PJRT_Buffer_MemoryLayout* layout, const PJRT_Buffer* buffer, int64_t* strides) {
   size_t ndim = buffer->ndim, item = size_of(buffer->type);
+  if (!layout) {
+    lay_out(strides, buffer->layout, buffer->dims, item);
+    return NULL;
+  }
   if (layout->type == PJRT_Buffer_MemoryLayout_Type_Strides) {
     if (layout->strides.num_byte_strides != ndim)
       return INVALID("a host layout with %zu strides for %zu dimensions", layout->strides.num_byte_strides, ndim);
     if (ndim) memcpy(strides, layout->strides.byte_strides, ndim * sizeof *strides);
     return NULL;
   }
-  const PJRT_Buffer_MemoryLayout_Tiled* tiled = &layout->tiled;
-  if (tiled->num_tiles > 0) return INVALID("a tiled host layout is not supported");
-  if (tiled->minor_to_major_size != ndim)
-    return INVALID("a host layout of %zu dimensions for %zu", tiled->minor_to_major_size, ndim);
-  int64_t stride = (int64_t)item;
-  uint64_t seen = 0;
-  for (size_t i = 0; i < ndim; i++) {
-    int64_t axis = tiled->minor_to_major[i];
-    if (axis < 0 || (size_t)axis >= ndim || axis > 63 || (seen >> axis & 1))
-      return INVALID("a host layout that is not a permutation of the dimensions");
-    seen |= UINT64_C(1) << axis;
-    strides[axis] = stride;
-    stride *= buffer->dims[axis];
-  }
-  return NULL;
+  const Layout* order;
+  PJRT_Error* error = layout_read(layout, ndim, &order);
+  if (!error) lay_out(strides, order, buffer->dims, item);
+  return error;
 }
 
 /* Most of a long copy is page faults, of fresh host memory and of what comes from a GPU: they go side by side. */
@@ -571,7 +577,7 @@ PJRT_Error* Buffer_ToHostBuffer(PJRT_Buffer_ToHostBuffer_Args* args) {
   if (args->dst_size < buffer->nbytes)
     return INVALID("%zu bytes do not hold an array of %zu", args->dst_size, buffer->nbytes);
   int64_t small[16];
-  int64_t* strides = args->host_layout ? small : NULL;
+  int64_t* strides = args->host_layout || buffer->layout ? small : NULL;
   if (strides && buffer->ndim > COUNT_OF(small) / 2) strides = malloc(2 * buffer->ndim * sizeof *strides);
   int64_t* scratch = strides ? strides + buffer->ndim : NULL;
   PJRT_Error* error = strides ? host_strides(args->host_layout, buffer, strides) : NULL;
@@ -590,6 +596,10 @@ PJRT_Error* Buffer_ToHostBuffer(PJRT_Buffer_ToHostBuffer_Args* args) {
   return error;
 }
 
+static PJRT_Error* error_laid_out(const PJRT_Buffer* buffer) {
+  return error_new(PJRT_Error_Code_UNIMPLEMENTED, "the memory of an array with the layout %s: it is row-major here", buffer->layout->text);
+}
+
 static PJRT_Error* copy_raw(PJRT_Buffer* buffer, Cell* cell, void* to, int64_t offset, int64_t size) {
   if (offset < 0 || size < 0 || (uint64_t)offset + (uint64_t)size > buffer->nbytes)
     return INVALID("bytes %lld to %lld of an array of %zu", (long long)offset, (long long)(offset + size), buffer->nbytes);
@@ -603,7 +613,7 @@ static PJRT_Error* copy_raw(PJRT_Buffer* buffer, Cell* cell, void* to, int64_t o
 
 PJRT_Error* Buffer_CopyRawToHost(PJRT_Buffer_CopyRawToHost_Args* args) {
   Cell* cell;
-  PJRT_Error* error = take_cell(args->buffer, false, &cell);
+  PJRT_Error* error = args->buffer->layout ? error_laid_out(args->buffer) : take_cell(args->buffer, false, &cell);
   if (error) return error;
   error = copy_raw(args->buffer, cell, args->dst, args->offset, args->transfer_size);
   cell_release(cell);
@@ -614,7 +624,7 @@ PJRT_Error* Buffer_CopyRawToHost(PJRT_Buffer_CopyRawToHost_Args* args) {
 /* ---- pointers ---- */
 static PJRT_Error* pointer_of(PJRT_Buffer* buffer, void** pointer) {
   Cell* cell;
-  PJRT_Error* error = take_cell(buffer, true, &cell);
+  PJRT_Error* error = buffer->layout ? error_laid_out(buffer) : take_cell(buffer, true, &cell);
   if (error) return error;
   const Py_buffer* view;
   PyGILState_STATE gil = PyGILState_Ensure();
@@ -643,7 +653,9 @@ static PJRT_Error* share(PJRT_Buffer* buffer, PJRT_Memory* memory, PJRT_Buffer**
   PJRT_Error* error = take_cell(buffer, false, &cell);
   if (error) return error;
   *copy = buffer_new(memory, cell, buffer->type, buffer->nbytes, buffer->ndim, buffer->dims);
-  return *copy ? NULL : error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+  if (!*copy) return error_new(PJRT_Error_Code_RESOURCE_EXHAUSTED, "no memory for a buffer");
+  (*copy)->layout = buffer->layout;
+  return NULL;
 }
 
 PJRT_Error* Buffer_CopyToDevice(PJRT_Buffer_CopyToDevice_Args* args) {

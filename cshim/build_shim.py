@@ -13,7 +13,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "process", "profiler", "threads",
+    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "layouts", "process",
+    "profiler", "threads",
 )  # fmt: skip
 
 # cffi's setuptools hook runs this file as "__cffi__", at the project's root, and setuptools wants

@@ -231,6 +231,34 @@ static bool read_memories(PyObject* object, PJRT_Executable* executable) {
   return ok && !PyErr_Occurred();
 }
 
+/* An attribute with the order of its dimensions, fastest first, for each value of a device; none for row-major ones. */
+static bool read_layouts(PyObject* object, const char* attribute, const Types* types, size_t count, const Layout*** layouts, bool* any) {
+  PyObject* given = read_tuple(object, attribute);
+  if (!given) return false;
+  *layouts = calloc(count + 1, sizeof **layouts);
+  bool all = PyTuple_Size(given) == 0, ok = *layouts && (all || (size_t)PyTuple_Size(given) == count);
+  for (size_t i = 0; i < count && ok; i++) {
+    size_t ndim = types->items[i].ndim;
+    PyObject* order = all ? Py_None : PyTuple_GetItem(given, (Py_ssize_t)i);
+    int64_t dims[64];
+    ok = order == Py_None || (PyTuple_Check(order) && (size_t)PyTuple_Size(order) == ndim && ndim <= COUNT_OF(dims));
+    for (size_t j = 0; j < ndim && ok && order != Py_None; j++) dims[j] = PyLong_AsLongLong(PyTuple_GetItem(order, (Py_ssize_t)j));
+    if (ok && !PyErr_Occurred()) (*layouts)[i] = order == Py_None ? layout_row_major(ndim) : layout_find(dims, ndim);
+    ok = (*layouts)[i] != NULL;
+    *any = *any || (ok && layout_or_null((*layouts)[i]));
+  }
+  Py_DECREF(given);
+  return ok || PyErr_Occurred() || bad("layouts are not an order of its dimensions, or None, for each value");
+}
+
+static bool read_all_layouts(PyObject* object, PJRT_Executable* executable) {
+  size_t inputs = executable->parameters.count / executable->shards, outputs = executable->outputs.count / executable->shards;
+  bool unused = false;
+  return read_layouts(object, "parameter_layouts", &executable->parameters, inputs, &executable->parameter_layouts, &unused) &&
+         read_layouts(object, "output_layouts", &executable->outputs, outputs, &executable->output_layouts, &executable->laid_out) &&
+         !PyErr_Occurred();
+}
+
 static void free_types(Types* types) {
   free(types->items);
   free(types->dims);
@@ -262,6 +290,8 @@ static void executable_free(PJRT_Executable* executable) {
   free(executable->output_memories);
   free(executable->output_kinds);
   free(executable->output_kind_sizes);
+  free(executable->output_layouts);
+  free(executable->parameter_layouts);
   free(executable->parameter_kinds);
   free(executable->parameter_kind_sizes);
   free(executable);
@@ -298,7 +328,8 @@ static PJRT_Error* executable_new(PJRT_Client* client, PyObject* object, const c
             read_bool(object, "waits", &executable->waits) && read_bool(object, "prompt", &executable->prompt) &&
             read_devices(object, executable) && read_types(object, "parameter_types", &executable->parameters) &&
             read_types(object, "output_types", &executable->outputs) && read_states(object, executable) &&
-            read_donated(object, executable) && fill_outputs(executable) && read_memories(object, executable);
+            read_donated(object, executable) && fill_outputs(executable) && read_memories(object, executable) &&
+            read_all_layouts(object, executable);
   if (!ok) {
     PJRT_Error* cause = error_from_python(hook);
     executable_release(executable);

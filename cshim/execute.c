@@ -380,6 +380,7 @@ static PJRT_Error* wrap_outputs(PJRT_Executable* executable, Cell** cells, PJRT_
     PJRT_Device* device = only ? only : executable->devices[i / each];
     PJRT_Memory* memory = device->memories[executable->output_memories[i % each]];
     OUT(i) = buffer_new(memory, cells[i], type->type, type->nbytes, type->ndim, type->dims);
+    if (OUT(i) && executable->laid_out) OUT(i)->layout = layout_or_null(executable->output_layouts[i % each]);
     if (OUT(i)) continue;
     for (size_t j = i + 1; j < count; j++) cell_release(cells[j]);
     for (size_t j = 0; j < i; j++) {

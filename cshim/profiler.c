@@ -241,6 +241,8 @@ static const struct {
 };
 
 const ProfilerExtension profiler_extension = {
-    .base = {.struct_size = sizeof profiler_extension, .type = PJRT_Extension_Type_Profiler},
+    .base = {.struct_size = sizeof profiler_extension,
+             .type = PJRT_Extension_Type_Profiler,
+             .next = (PJRT_Extension_Base*)&layouts_extension.base},
     .profiler_api = &profiler_api,
 };

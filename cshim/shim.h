@@ -184,6 +184,23 @@ extern Laziness laziness;
 PJRT_Error* named_values_from_dict(PyObject* dict, PJRT_NamedValue** values, size_t* count, const char* hook);
 void named_values_free(PJRT_NamedValue* values, size_t count);
 
+/* ---- layouts.c: PJRT's layouts ---- */
+typedef struct Layout {
+  struct Layout* next;
+  const char* text;
+  size_t size, ndim;
+  int64_t minor_to_major[];
+} Layout;
+const Layout* layout_find(const int64_t* minor_to_major, size_t ndim); /* NULL: no permutation, too long, or no memory */
+const Layout* layout_row_major(size_t ndim);                           /* so, too */
+const Layout* layout_or_null(const Layout* layout);                    /* NULL for row-major, as buffers and types have it */
+PJRT_Error* layout_read(const PJRT_Buffer_MemoryLayout* given, size_t ndim, const Layout** layout);
+typedef struct {
+  PJRT_Extension_Base base;
+  void* functions[7];
+} LayoutsExtension;
+extern const LayoutsExtension layouts_extension;
+
 /* ---- buffers.c ---- */
 struct PJRT_Buffer {
   PJRT_Memory* memory;
@@ -193,6 +210,7 @@ struct PJRT_Buffer {
   bool destroyed;
   uint64_t seen; /* the execution that last took it, and as which argument */
   size_t seen_index;
+  const Layout* layout; /* NULL: row-major */
   PJRT_Buffer_Type type;
   size_t nbytes;
   size_t ndim;
@@ -240,6 +258,8 @@ struct PJRT_Executable {
   size_t* output_memories; /* which of their device's */
   const char **parameter_kinds, **output_kinds;
   size_t *parameter_kind_sizes, *output_kind_sizes;
+  const Layout **parameter_layouts, **output_layouts; /* of one device's */
+  bool laid_out; /* an output is not row-major */
   PJRT_NamedValue* costs; /* once asked for; state lock */
   size_t cost_count;
   PyObject *program, *format; /* between the two calls of OptimizedProgram; GIL */

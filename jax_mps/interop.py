@@ -23,10 +23,21 @@ def to_mlx(array: Any) -> Any:
     blas.install()  # what MLX is asked for from here on is not ours to see
     if array.size == 0:  # no memory to find it by
         return mx.zeros(array.shape, MX[array.dtype.name])
+    array = _row_major(array)
     found: list[Any] = []
     if lib.shim_value_at(array.unsafe_buffer_pointer(), id(found)) == 0:
         raise ValueError(f"no buffer of mps holds this array; it is on {array.devices()}")
     return found[0]
+
+
+def _row_major(array: Any) -> Any:
+    """The array without a layout of its own, with which it would have no address."""
+    import jax
+    from jax.experimental.layout import Format, Layout
+
+    plain = tuple(range(array.ndim))
+    layout = array.format.layout
+    return array if layout is None or layout.major_to_minor == plain else jax.device_put(array, Format(Layout(plain), array.sharding))
 
 
 def from_mlx(array: Any) -> Any:

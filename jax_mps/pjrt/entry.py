@@ -120,11 +120,15 @@ def optimized_program(executable: AnyExecutable) -> tuple[bytes, bytes]:
 
 
 def memory_stats() -> dict[str, int]:
-    """MLX's own counts, in bytes."""
+    """MLX's own counts, in bytes. Several devices share one memory: each has its part to itself if all take as much."""
+    from jax_mps import compat
+
+    limit = runtime.memory_limit()
     return {
         "bytes_in_use": mx.get_active_memory(),
         "peak_bytes_in_use": mx.get_peak_memory(),
-        "bytes_limit": runtime.memory_limit(),
+        "bytes_limit": limit,
+        "bytes_reservable_limit": limit // compat.device_count(runtime.device_kind()),
     }
 
 

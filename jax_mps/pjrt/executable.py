@@ -46,6 +46,7 @@ class Executable:
         self.output_states = _states(program)
         self.donated = program.donated
         self.parameter_memories, self.output_memories = program.memories
+        self.parameter_layouts, self.output_layouts = program.layouts
         self.effects = program.effects
         function = program.direct
         self.function: Device | None = function if function is not None and not any(self.output_states) else None

@@ -43,7 +43,9 @@ class ShardedExecutable:
         self.fingerprint = fingerprint
         self.source = source
         self.devices = chosen.devices
-        self._program = program = several.Sharded(module if callbacks else code, options, len(chosen.devices), len(chosen.devices[0]), callbacks)
+        layouts = build.take_layouts(module)
+        self.parameter_layouts, self.output_layouts = layouts or ((), ())
+        self._program = program = several.Sharded(module if callbacks or layouts else code, options, len(chosen.devices), len(chosen.devices[0]), callbacks)
         given = build.donated(module)
         self.parameter_memories, self.output_memories = build.memories(module)
         self.donated = tuple(p + device * len(program.parameters) for device in range(devices) for p in given)

@@ -17,8 +17,9 @@ from jaxlib.mlir.dialects import chlo, mhlo, mpmd, sdy, stablehlo
 
 from jax_mps.errors import InvalidProgram
 from jax_mps.plan import attributes
+from jax_mps.plan import layouts as orders
 from jax_mps.plan.defaults import complete
-from jax_mps.plan.types import MEMORY_KINDS, Memories, Plan, Region, Step, TensorType, Value
+from jax_mps.plan.types import MEMORY_KINDS, Layouts, Memories, Plan, Region, Step, TensorType, Value
 
 log = logging.getLogger(__name__)
 
@@ -170,14 +171,46 @@ def memories(module: ir.Module) -> Memories:
 
 
 def _memories(main: ir.OpView, which: str) -> tuple[int, ...]:
-    if which not in main.attributes:
-        return ()
-    attrs = [ir.DictAttr(a) for a in ir.ArrayAttr(main.attributes[which])]
-    kinds = [ir.StringAttr(a["mhlo.memory_kind"]).value if "mhlo.memory_kind" in a else MEMORY_KINDS[0] for a in attrs]
+    kinds = [kind or MEMORY_KINDS[0] for kind in _texts(main, which, "mhlo.memory_kind")]
     for kind in kinds:
         if kind not in MEMORY_KINDS:
             raise InvalidProgram(f"no device here has a memory of kind {kind!r}; there are {', '.join(MEMORY_KINDS)}")
     return tuple(map(MEMORY_KINDS.index, kinds)) if any(kind != MEMORY_KINDS[0] for kind in kinds) else ()
+
+
+def take_layouts(module: ir.Module) -> Layouts | None:
+    """What a module says of the layouts of its arguments and results, taken out of it: without, XLA makes all of them row-major. None where it
+    says nothing.
+
+    Raises:
+        InvalidProgram: a layout with tiles.
+    """
+    main = _main(module)
+    wanted = _wanted_layouts(main)
+    if not any(map(any, wanted)):
+        return None
+    chosen = orders.choose(build(module).body, wanted)
+    with module.context:
+        for which in ("arg_attrs", "res_attrs"):
+            rows = [{a.name: a.attr for a in row if a.name != _LAYOUT} for row in map(ir.DictAttr, ir.ArrayAttr(main.attributes[which]))]
+            main.attributes[which] = ir.ArrayAttr.get([ir.DictAttr.get(row) for row in rows])
+    return chosen
+
+
+_LAYOUT = "mhlo.layout_mode"
+
+
+def _wanted_layouts(main: ir.OpView) -> tuple[list[str], list[str]]:
+    return _texts(main, "arg_attrs", _LAYOUT), _texts(main, "res_attrs", _LAYOUT)
+
+
+def _texts(main: ir.OpView, which: str, name: str) -> list[str]:
+    """What the attribute of that name says of each argument or result; "" for nothing."""
+    if which not in main.attributes:
+        kind = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
+        return [""] * len(kind.inputs if which == "arg_attrs" else kind.results)
+    rows = map(ir.DictAttr, ir.ArrayAttr(main.attributes[which]))
+    return [ir.StringAttr(row[name]).value if name in row else "" for row in rows]
 
 
 def _main(module: ir.Module) -> ir.OpView:
@@ -211,11 +244,13 @@ class _Builder:
         main = _main(self.module)
         block = main.regions[0].blocks[0]
         attrs = self.module.operation.attributes
+        body = self.region(block, {})
         return Plan(
             name=module_name(self.module),
-            body=self.region(block, {}),
+            body=body,
             donated=tuple(_donated(main)),
             memories=(_memories(main, "arg_attrs"), _memories(main, "res_attrs")),
+            layouts=orders.choose(body, _wanted_layouts(main)),
             num_replicas=ir.IntegerAttr(attrs["mhlo.num_replicas"]).value if "mhlo.num_replicas" in attrs else 1,
             num_partitions=ir.IntegerAttr(attrs["mhlo.num_partitions"]).value if "mhlo.num_partitions" in attrs else 1,
         )

@@ -22,7 +22,7 @@ from jax_mps import blas, runtime
 from jax_mps._shim import ffi, lib
 from jax_mps.counters import count
 from jax_mps.plan.segments import Block, Callback, Device, Host, Manifest, Segment, type_from_json, type_to_json
-from jax_mps.plan.tensors import Memories, TensorType
+from jax_mps.plan.tensors import Layout, Layouts, Memories, TensorType
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Program:
     block: Block
     effects: bool
     memories: Memories = ((), ())  # of parameters and results, as in Plan
+    layouts: Layouts = ((), ())
     manifest: Manifest = field(default_factory=dict)
     source: Program | None = None  # what `bind` made it from, alive with it so that the next one like it is made from that, too
 
@@ -52,7 +53,8 @@ class Program:
         fields = {"name": self.name, "donated": list(self.donated), "effects": self.effects, "format": FORMAT}
         types = {"parameters": [type_to_json(t) for t in self.parameters], "results": [type_to_json(t) for t in self.results]}
         memories = {"memories": [list(kinds) for kinds in self.memories]} if any(self.memories) else {}
-        return {**fields, **types, **memories, "block": self.block.to_manifest()}
+        layouts = {"layouts": [[order and list(order) for order in orders] for orders in self.layouts]} if any(self.layouts) else {}
+        return {**fields, **types, **memories, **layouts, "block": self.block.to_manifest()}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Any) -> Program:
@@ -68,8 +70,10 @@ class Program:
         if block.inputs != len(parameters) or len(block.outputs) != len(results):
             raise ValueError("the signature does not fit the block")
         inputs, outputs = (tuple(map(int, kinds)) for kinds in manifest.get("memories", ((), ())))
+        laid_in, laid_out = (tuple(_order(order) for order in orders) for orders in manifest.get("layouts", ((), ())))
         donated, effects = tuple(manifest["donated"]), bool(manifest["effects"])
-        return cls(str(manifest["name"]), parameters, results, donated, block, effects, (inputs, outputs), manifest)
+        memories, layouts = (inputs, outputs), (laid_in, laid_out)
+        return cls(str(manifest["name"]), parameters, results, donated, block, effects, memories, layouts, manifest)
 
     def segments(self) -> Sequence[Segment]:
         return self.block.walk()
@@ -90,6 +94,10 @@ class Program:
     @property
     def host_segments(self) -> list[Host]:
         return [s for s in self.segments() if isinstance(s, Host)]
+
+
+def _order(order: Sequence[int] | None) -> Layout | None:
+    return None if order is None else tuple(map(int, order))
 
 
 class Constants:

@@ -32,6 +32,8 @@ DEVICE_DTYPES: frozenset[str] = frozenset(
 MEMORY_KINDS = ("device", "pinned_host", "unpinned_host")
 
 Memories = tuple[tuple[int, ...], tuple[int, ...]]
+Layout = tuple[int, ...]  # the dimensions in the order in which they lie in memory, fastest first
+Layouts = tuple[tuple[Layout | None, ...], tuple[Layout | None, ...]]
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:

@@ -49,7 +49,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     files = ExportedFiles()
     block = _Assembler(files, lowerer).block(draft)
     parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
-    program = Program(plan.name, parameters, results, plan.donated, block, effects=_effects(plan), memories=plan.memories)
+    program = Program(plan.name, parameters, results, plan.donated, block, _effects(plan), plan.memories, plan.layouts)
     program.manifest = program.to_manifest()
     return program, files
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_mps.plan.tensors import DEVICE_DTYPES, DTYPES, MEMORY_KINDS, MLIR_NAMES, Memories, TensorType, numpy_dtype
+from jax_mps.plan.tensors import DEVICE_DTYPES, DTYPES, MEMORY_KINDS, MLIR_NAMES, Layouts, Memories, TensorType, numpy_dtype
 
-__all__ = ["DEVICE_DTYPES", "DTYPES", "MEMORY_KINDS", "MLIR_NAMES", "Memories", "Plan", "Region", "Step", "TensorType", "Value", "numpy_dtype"]
+__all__ = ["DEVICE_DTYPES", "DTYPES", "MEMORY_KINDS", "MLIR_NAMES", "Layouts", "Memories", "Plan", "Region", "Step", "TensorType", "Value", "numpy_dtype"]
 
 _numbers = itertools.count()
 
@@ -121,13 +121,15 @@ class Step:
 class Plan:
     """A whole program: the entry function's arguments, steps and results; `donated` lists argument positions that may be consumed.
 
-    `memories` holds the kinds of memory that arguments and results are in (indices into MEMORY_KINDS); either may be empty, for the default.
+    `memories` holds the kinds of memory that arguments and results are in (indices into MEMORY_KINDS); either may be empty, for the default. So may
+    `layouts`, which holds the layouts of both: None for a row-major one.
     """
 
     name: str
     body: Region
     donated: tuple[int, ...] = ()
     memories: Memories = ((), ())
+    layouts: Layouts = ((), ())
     num_replicas: int = 1
     num_partitions: int = 1
 

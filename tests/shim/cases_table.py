@@ -22,7 +22,7 @@ class Program:
         self.fingerprint = b"\0\1finger"
         self.code_size = 12
         self.devices = ((0,),)
-        self.parameter_memories = self.output_memories = ()
+        self.parameter_memories = self.output_memories = self.parameter_layouts = self.output_layouts = ()
         self.parameter_types = ((dtype, shape),) * inputs
         self.output_types = ((dtype, shape),) * outputs
         self.output_states = (0,) * outputs
@@ -953,8 +953,32 @@ def case_tables():
     assignment = {"client": client, "num_partitions": 1, "default_assignment_size": 1, "default_assignment": out}
     table.Client_DefaultDeviceAssignment(num_replicas=1, **assignment)
     fails(lambda: table.Client_DefaultDeviceAssignment(num_replicas=2, **assignment), code=3)
-    layout = table.Buffer_GetMemoryLayout(buffer=table.put(client, np.zeros((2, 3), np.float32))).layout
-    assert list(layout.tiled.minor_to_major[0:2]) == [1, 0]
+    assert layout_of(table.put(client, np.zeros((2, 3), np.float32))) == [1, 0]
+
+
+def layout_of(buffer):
+    args = table.Buffer_GetMemoryLayout(buffer=buffer)  # holds what is looked at
+    return list(args.layout.tiled.minor_to_major[0 : args.layout.tiled.minor_to_major_size])
+
+
+def case_buffers_with_layouts():
+    """A layout is kept by results and copies, and is the order in which bytes are read; no address shows it."""
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    loaded = load(Program(lambda a: (a,), 1, 1, shape=(2, 3), output_layouts=((0, 1),)))
+    x = table.put(client, value)
+    (y,), _ = table.execute(loaded, [x])
+    copy = table.Buffer_CopyToDevice(buffer=y, dst_device=table.Client_Devices(client=client).devices[0]).dst_buffer
+    for buffer in (y, copy):
+        assert layout_of(buffer) == [0, 1]
+        assert not table.Buffer_IsOnCpu(buffer=buffer).is_on_cpu
+        out = np.zeros((3, 2), np.float32)
+        table.Buffer_ToHostBuffer(src=buffer, dst=ffi.cast("void*", out.ctypes.data), dst_size=24)
+        np.testing.assert_array_equal(out.T, value)
+        for slot in (table.Buffer_UnsafePointer, table.Buffer_OpaqueDeviceMemoryDataPointer):
+            fails(lambda slot=slot, buffer=buffer: slot(buffer=buffer), "{0,1}", code=12)
+    table.destroy(x, y, copy)
+    for wrong in (((0, 0),), ((0,),), ((0, 1), (0, 1)), (1,)):
+        fails(lambda wrong=wrong: load(Program(None, 1, 1, shape=(2, 3), output_layouts=wrong)), "did not return an executable")
 
 
 def case_several_devices():

@@ -162,7 +162,7 @@ class Executable:
             self.read(main.operation, ir)
         self.code = code
         self.devices = ((0,),)
-        self.parameter_memories = self.output_memories = ()
+        self.parameter_memories = self.output_memories = self.parameter_layouts = self.output_layouts = ()
         self.fingerprint = self.name.encode()
         self.code_size = len(code)
         self.output_states = tuple(int(dtype == 12) for dtype, _ in self.output_types)
