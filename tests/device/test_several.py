@@ -141,3 +141,10 @@ def test_refused(tmp_path: Path) -> None:
         JAX_MPS_HOST="error",
     )
     assert "JAX_MPS_HOST=error forbids" in ran.report["error"]
+
+
+def test_devices_share_one_memory(tmp_path: Path) -> None:
+    """Each may count on its part of what there is."""
+    ran = several("report(stats=[d.memory_stats() for d in jax.devices()])", tmp_path)
+    for stats in ran.report["stats"]:
+        assert stats["bytes_reservable_limit"] == stats["bytes_limit"] // 8
