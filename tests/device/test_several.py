@@ -30,6 +30,10 @@ PROGRAMS = {
     "shard_map": """jax.jit(jax.shard_map(
         lambda a: (a + lax.axis_index("x"), lax.psum(a, "x"), lax.all_gather(a, "y"), lax.ppermute(a, "x", [(i, (i + 1) % 4) for i in range(4)])),
         mesh=mesh, in_specs=P("x", "y"), out_specs=(P("x", "y"), P(None, "y"), P(None, "x", "y"), P("x", "y"))))(there)""",
+    "collectives": """jax.jit(jax.shard_map(
+        lambda a: (lax.pmax(a, "x"), lax.pmin(a, ("x", "y")), lax.pmean(a, "y"), lax.psum_scatter(a, "y", scatter_dimension=1, tiled=True),
+                   lax.all_to_all(a, "y", 1, 0, tiled=True), lax.pshuffle(a, "y", [1, 0]), lax.ppermute(a, "x", [(0, 2)])),
+        mesh=mesh, in_specs=P("x", "y"), out_specs=(P("x", "y"),) * 7, check_vma=False))(there)""",
     "pmap": "jax.pmap(lambda a: a / lax.psum(a, 'i'), axis_name='i')(a)",
     "loop": "jax.jit(lambda a: lax.fori_loop(0, 5, lambda i, a: jnp.sin(a @ a.T), a))(there)",
     "resharded": "jax.device_put(there, NamedSharding(mesh, P('y', 'x')))",
