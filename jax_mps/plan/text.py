@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class _Printer:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.names: dict[Value, str] = {}
+        self.names: MutableMapping[Value, str] = {}
         self.count = 0
 
     def module(self, inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> str:
@@ -88,16 +89,18 @@ class _Printer:
         self.count += 1
         return name
 
-    def uses(self, values: Sequence[Value]) -> str:
+    def name(self, value: Value) -> str:
         try:
-            return ", ".join(self.names[v] for v in values)
-        except KeyError as missing:
-            raise ValueError(f"{missing.args[0]!r} is read but neither an input nor computed before") from None
+            return self.names[value]
+        except KeyError:
+            raise ValueError(f"{value!r} is read but neither an input nor computed before") from None
+
+    def uses(self, values: Sequence[Value]) -> str:
+        return ", ".join(map(self.name, values))
 
     def step(self, step: Step) -> None:
-        if "original" in step.attributes:  # a rewrite made one step of these
-            for part in step.original:
-                self.step(part)
+        if "original" in step.attributes:
+            self.original(step)
             return
         attributes = _attributes(step)
         operands = self.uses(step.operands)
@@ -114,6 +117,16 @@ class _Printer:
         self.lines.append(
             f'{results}{" = " if results else ""}"{step.name}"({operands}){regions} {{{inner}}} : ({_types(step.operands)}) -> ({_types(step.results)})'
         )
+
+    def original(self, step: Step) -> None:
+        """The steps that a rewrite made one step of. Their values have no names after it: some are computed elsewhere, too, perhaps not in this region."""
+        outer, before = self.names, step.original
+        self.names = ChainMap(dict(zip(before.arguments, map(self.name, step.operands), strict=True)), outer)
+        for part in before.steps:
+            self.step(part)
+        results = [self.name(v) for v in before.results]
+        self.names = outer
+        outer.update(zip(step.results, results, strict=True))
 
     def region(self, region: Region) -> None:
         """One region as one entry of `lines`."""

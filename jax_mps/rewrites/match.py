@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_mps.ops.bodies import folds
-from jax_mps.plan.types import Step, Value
+from jax_mps.plan.types import Region, Step, Value
 from jax_mps.rewrites.table import Scope
 
 _SPREADING = ("stablehlo.broadcast_in_dim", "stablehlo.reshape")
@@ -148,15 +148,17 @@ def fuse(
 ) -> Step | None:
     """One step for all that leads from `operands` to `step`'s results; None if others read what would no longer be computed.
 
-    The steps that it replaces stay in the attribute `original`, for the host. What these read besides, of the values that the operands were
-    made from (a mask), become further operands. shared: the others who read are known to be replaced as well.
+    The steps that it replaces stay in the attribute `original`, for the host, as a region whose arguments are the operands. What these read
+    besides, of the values that the operands were made from (a mask), become further operands. shared: the others who read are known to be
+    replaced as well.
     """
     nearby = {v for operand in operands if (maker := scope.producers.get(operand)) for v in maker.operands}
     original, more = _between(step, frozenset(operands), nearby, scope)
     if not original or (not shared and _leaks(original, scope)):
         return None
-    given = {**(attributes or {}), "original": original}
-    return Step(name, (*operands, *more), step.results, given, location=step.location, text=())
+    read = (*operands, *more)
+    given = {**(attributes or {}), "original": Region(read, original, step.results)}
+    return Step(name, read, step.results, given, location=step.location, text=())
 
 
 def _between(step: Step, operands: frozenset[Value], nearby: set[Value], scope: Scope) -> tuple[tuple[Step, ...], tuple[Value, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jax_mps.plan.types import Step, Value
+from jax_mps.plan.types import Region, Step, Value
 from jax_mps.rewrites.match import Numbers, fuse, origin, splat
 from jax_mps.rewrites.table import Scope
 
@@ -50,7 +50,8 @@ def whole(operands: Sequence[Value], steps: Sequence[Step], results: Sequence[Va
         known[step.results[0]] = number
     if tuple(known.get(v) for v in results) != _rounds(numbers.of, *leaves):
         return None
-    return Step("jax_mps.threefry2x32", tuple(operands), tuple(results), {"original": tuple(steps)}, location=steps[-1].location, text=())
+    original = Region(tuple(operands), tuple(steps), tuple(results))
+    return Step("jax_mps.threefry2x32", tuple(operands), tuple(results), {"original": original}, location=steps[-1].location, text=())
 
 
 def _number(step: Step, known: dict[Value, int], numbers: Numbers) -> int | None:
