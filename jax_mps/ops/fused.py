@@ -119,13 +119,60 @@ def in_bounds(op: Step) -> Run:
 def norm(op: Step) -> Run:
     """Operands: the rows, then the scale if there is one, then the bias if there is one."""
     size, layer = op.operand.shape[-1], op.name == "jax_mps.layer_norm"
-    count = op.scaled + op.shifted
+    count, dtype = op.scaled + op.shifted, MX[op.result.dtype]
 
     def run(x: mx.array, *rest: mx.array) -> mx.array:
         scale, bias = [mx.reshape(v, (size,)) for v in rest[:count]] + [None] * (2 - count)
-        return mx.fast.layer_norm(x, scale, bias, op.eps) if layer else mx.fast.rms_norm(x, scale, op.eps)
+        x = x.astype(mx.float32) if dtype == mx.float32 else x  # not rounded to a half type on the way
+        return (mx.fast.layer_norm(x, scale, bias, op.eps) if layer else mx.fast.rms_norm(x, scale, op.eps)).astype(dtype)
 
     return run
+
+
+@lowers("jax_mps.norm_gradient")
+def norm_gradient(op: Step) -> Run:
+    """Operands: the rows, the cotangent, the scale if there is one, what is added to the gradient of the rows. Results: that, and the gradient of
+    the scale if it is read."""
+    size, layer = op.operand.shape[-1], op.norm == "layer_norm"
+    pull = _pull_on_cpu if device_kind() == "cpu" else _pull
+
+    def run(x: mx.array, g: mx.array, *rest: mx.array) -> list[mx.array]:
+        scale = mx.reshape(rest[0], (size,)) if op.scaled else None
+        if scale is not None and len(op.results) == 1:
+            g, scale = g * scale, None
+        gradients = pull(x, mx.reshape(g, x.shape), scale, op.eps, layer=layer)
+        gradients = [v.astype(MX[r.dtype]) for v, r in zip(gradients, op.results, strict=True)]
+        added = rest[op.scaled : op.scaled + op.added]
+        rows = sum((mx.reshape(v, x.shape if v.size == x.size else (size,)) for v in added), start=gradients[0])
+        return [rows, *(mx.reshape(v, r.shape) for v, r in zip(gradients[1:], op.results[1:], strict=True))]
+
+    return run
+
+
+def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:
+    """MLX's own kernel: gradients of the rows, and of the scale if there is one."""
+
+    def norm(x: mx.array, *scale: mx.array) -> mx.array:
+        weight = scale[0] if scale else None
+        return mx.fast.layer_norm(x, weight, None, eps) if layer else mx.fast.rms_norm(x, weight, eps)
+
+    primals = [x] if scale is None else [x, scale]
+    wide = mx.result_type(g, *primals)
+    primals = [v.astype(wide) for v in primals]
+    return mx.vjp(norm, primals, [g.astype(wide)])[1]
+
+
+def _pull_on_cpu(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:
+    """The same in few steps: MLX's has no kernel there, and differentiates the steps of the norm one by one."""
+    x, g = x.astype(mx.float32), g.astype(mx.float32)
+    size = x.shape[-1]
+    c = x - _sum(x) / size if layer else x
+    r = mx.rsqrt(_sum(mx.square(c)) / size + eps)
+    rows = c * r
+    u = g if scale is None else g * scale.astype(mx.float32)
+    gradient = u - rows * (_sum(u * rows) / size)
+    gradient = r * (gradient - _sum(u) / size if layer else gradient)
+    return [gradient] if scale is None else [gradient, sum_of(g * rows, range(x.ndim - 1))]
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import attention, constants, indices, norms, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
-from jax_mps.rewrites.table import Rewrite, Table
+from jax_mps.rewrites.table import Rewrite, Sweep, Table
 
 whole = threefry.whole  # for functions that JAX calls, before they are inlined
 
@@ -14,7 +14,7 @@ def _at(*names: str) -> frozenset[str]:
     return frozenset(f"stablehlo.{name}" for name in names)
 
 
-_EXP, _ROOT = _at("exponential"), _at("rsqrt", "sqrt")
+_EXP = _at("exponential")
 
 # One table after the other; within a table, every step sees its rows in order.
 TABLES: tuple[Table, ...] = (
@@ -36,13 +36,13 @@ TABLES: tuple[Table, ...] = (
         Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
     ),
     (
+        Sweep("gradient of a norm", norms.norm_gradients, norms.ROOTS, "gradients read the parts of what comes next"),
+    ),
+    (
         Rewrite("softmax", softmax.softmax, _at("divide"), "nothing else reads its parts by now", _EXP),
         Rewrite("log_softmax", softmax.log_softmax, _at("subtract"), "as above", _EXP),
-        Rewrite("normalised rows, scaled", norms.scaled_first, _at("multiply"), "before the next, which they hold in part", _ROOT),
-        Rewrite("normalised rows", norms.normalised, _at("multiply", "divide"), "any time", _ROOT),
-        Rewrite("scale of a norm", norms.scaled, _at("multiply"), "after the rows are normalised", _ROOT),
-        Rewrite("bias of a norm", norms.shifted, _at("add"), "after they are scaled", _ROOT),
         Rewrite("logsumexp", softmax.logsumexp, _at("add"), "as above", _EXP),
+        Sweep("norm", norms.norms, norms.ROOTS, "as above"),
     ),
     (
         Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", frozenset(["jax_mps.softmax"])),

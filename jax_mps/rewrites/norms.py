@@ -1,151 +1,181 @@
-"""Layer and RMS normalisation along the last axis, as flax, equinox and people write them.
+"""Layer and RMS normalisation along the last axis, and their gradients, as one step each: MLX has one kernel for a norm with its scale and bias, and one
+for the gradients of rows and scale.
 
-Three rewrites, each on what the one before left: the normalised rows, their product with a scale, the sum with a bias.
+What JAX emits depends on how the variance is written, where the scale comes in, what is rounded, and what else the rows are read by. So no form is
+matched: every step that leads from the rows is read as a polynomial (rewrites/polynomials.py), and what it computes must be the polynomial of a norm or
+of a gradient. The cotangents of other readers of the rows may be added before the gradient is complete; they become operands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from jax_mps.ops.bodies import folds
 from jax_mps.plan.types import Step, Value
-from jax_mps.rewrites.match import fuse, origin, row_origin, row_reduction, same, splat
+from jax_mps.rewrites import polynomials
+from jax_mps.rewrites.match import fuse, origin, splat
+from jax_mps.rewrites.polynomials import CLOSE, Monomial, Polynomial, add, equal, has_root, is_of_elements, monomial, row_sum, sum_symbol
 from jax_mps.rewrites.table import Scope
 
-Shape: TypeAlias = tuple[int, ...]
+ROOTS = frozenset(["stablehlo.rsqrt", "stablehlo.sqrt"])
 
-NORMS = ("jax_mps.layer_norm", "jax_mps.rms_norm")
+_C: Monomial = (("C", 1),)
+_NORMALISED: Monomial = (("C", 1), ("R", 1))
+_SQUARE: Polynomial = {(("R", -2),): 1.0}  # mean(C^2) + eps
 
 
-def normalised(step: Step, scope: Scope) -> Step | None:
-    """(x - mean(x)) * rsqrt(variance(x) + eps), x * rsqrt(mean(x^2) + eps); either may be a division by the root."""
-    rank = step.result.rank
-    if not rank or not step.result.is_floating or step.result.shape[-1] < 2 or step.result.size == 0:
-        return None
-    for centred, factor in _pairs(step):
-        eps_of = _rooted(factor, step, scope)
-        if eps_of is None:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows that are normalised, and what each value made of them is. symbols: the arrays that the names of other operands stand for.
+
+    truths: of comparisons with a variance that was kept from below 0; clamped: these variances. scales: the steps that sum up
+    C R g over all rows, by g.
+    """
+
+    x: Value
+    centred: bool
+    eps: float
+    known: dict[Value, Polynomial] = field(default_factory=dict)
+    symbols: dict[str, Value] = field(default_factory=dict)
+    truths: dict[Value, bool] = field(default_factory=dict)
+    clamped: set[Value] = field(default_factory=set)
+    scales: dict[Value, Step] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[-1]
+
+    def polynomial(self, value: Value, scope: Scope) -> Polynomial | None:
+        """What a value is; an array of the rows' shape that is not made of them is a symbol."""
+        if value in self.known:
+            return self.known[value]
+        constant = splat(value, scope)
+        if constant is not None:
+            return {(): float(constant)} if value.type.is_floating and constant else {} if value.type.is_floating else None
+        if value.shape != self.x.shape or not value.type.is_floating:
+            return None
+        return self.symbol(value, scope)
+
+    def opaque(self, value: Value, polynomial: Polynomial, scope: Scope) -> Polynomial:
+        """A symbol for an array that is known, unless it has one number for each row or in all."""
+        return self.symbol(value, scope) if any(is_of_elements(s) for term in polynomial for s, _ in term) else polynomial
+
+    def symbol(self, value: Value, scope: Scope) -> Polynomial:
+        vector = _vector(value, scope)
+        named = _wide_origin(value, scope) if vector is None else vector
+        name = f"{'u' if vector is None else 'v'}{named.number}"
+        self.symbols[name] = named
+        return {((name, 1),): 1.0}
+
+
+def norms(steps: Sequence[Step], scope: Scope) -> list[Step]:
+    """One step for each norm, with as much of scale and bias as nobody else reads without: operands rows, scale, bias."""
+    found: list[Step] = []
+    inside: set[Step] = set()
+    for step, rows in reversed([(step, rows) for step, rows in _readings(steps, scope) if step.result.shape == rows.x.shape]):
+        affine = None if step in inside else _affine(rows.known[step.results[0]], rows)
+        if affine is None:
             continue
-        spread, eps = eps_of
-        x = _centred(centred, scope)
-        if x is not None and _is_variance(spread, x, scope):
-            return fuse("jax_mps.layer_norm", step, (x,), scope, {"eps": eps, "scaled": False, "shifted": False})
-        x = _less_nothing(centred, scope)
-        square = _mean_of(spread, x.shape[:-1], scope)
-        if square is not None and _squared(square, scope) is x:
-            return fuse("jax_mps.rms_norm", step, (x,), scope, {"eps": eps, "scaled": False, "shifted": False})
-    return None
+        given = {"eps": rows.eps, "scaled": "scale" in affine, "shifted": "bias" in affine}
+        whole = fuse("jax_mps.layer_norm" if rows.centred else "jax_mps.rms_norm", step, [rows.x, *affine.values()], scope, given)
+        if whole is not None:
+            found.append(whole)
+            inside.update(whole.original)
+    return found
 
 
-def scaled_first(step: Step, scope: Scope) -> Step | None:
-    """flax multiplies the reciprocal root by the scale, and the centred rows by that."""
-    for centred, product in _pairs(step):
-        inner = scope.maker(product, "stablehlo.multiply")
-        for factor, weight in _pairs(inner) if inner else ():
-            scale, eps_of = _vector(weight, scope), _rooted(factor, inner, scope) if inner else None
-            if scale is None or eps_of is None:
-                continue
-            spread, eps = eps_of
-            given = {"eps": eps, "scaled": True, "shifted": False}
-            x = _centred(centred, scope)
-            if x is not None and _is_variance(spread, x, scope):
-                return fuse("jax_mps.layer_norm", step, (x, scale), scope, given)
-            x = _less_nothing(centred, scope)
-            square = _mean_of(spread, x.shape[:-1], scope)
-            if square is not None and _squared(square, scope) is x:
-                return fuse("jax_mps.rms_norm", step, (x, scale), scope, given)
-    return None
-
-
-def scaled(step: Step, scope: Scope) -> Step | None:
-    """Normalised rows times a vector."""
-    for rows, weight in _pairs(step):
-        norm, scale = scope.maker(rows, *NORMS), _vector(weight, scope)
-        if norm and scale is not None and not norm.scaled and not norm.shifted:
-            return fuse(norm.name, step, (norm.operands[0], scale), scope, {"eps": norm.eps, "scaled": True, "shifted": False})
-    return None
-
-
-def shifted(step: Step, scope: Scope) -> Step | None:
-    """Scaled layer-normalised rows and a vector."""
-    for rows, offset in _pairs(step):
-        norm, bias = scope.maker(rows, "jax_mps.layer_norm"), _vector(offset, scope)
-        if norm and bias is not None and norm.scaled and not norm.shifted:
-            return fuse(norm.name, step, (*norm.operands[:2], bias), scope, {"eps": norm.eps, "scaled": True, "shifted": True})
-    return None
-
-
-# ---- parts ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _pairs(step: Step) -> Iterator[tuple[Value, Value]]:
-    """The two operands, in both orders where the op is commutative."""
-    yield step.operands[0], step.operands[1]
-    if step.name in ("stablehlo.multiply", "stablehlo.add"):
-        yield step.operands[1], step.operands[0]
-
-
-def _rooted(factor: Value, step: Step, scope: Scope) -> tuple[Value, float] | None:
-    """(v, eps) where the rows are multiplied by rsqrt(v + eps) or divided by sqrt(v + eps)."""
-    row = row_origin(factor, factor.shape[:-1], scope)
-    root = row and scope.maker(row, "stablehlo.sqrt" if step.name == "stablehlo.divide" else "stablehlo.rsqrt")
-    total = root and scope.maker(root.operands[0], "stablehlo.add")
-    for spread, constant in _pairs(total) if total else ():
-        eps = splat(constant, scope)
-        if eps is not None and eps > 0:
-            return spread, float(eps)
-    return None
-
-
-def _centred(value: Value, scope: Scope) -> Value | None:
-    """x, of x - mean(x)."""
-    step = scope.maker(value, "stablehlo.subtract")
-    if step is None:
+def _affine(polynomial: Polynomial, rows: _Rows) -> dict[str, Value] | None:
+    """Scale and bias, as far as there are any, of C R scale + bias; None if it is not that."""
+    found: dict[str, Value] = {}
+    normalised = False
+    for term, factor in polynomial.items():
+        vectors = tuple(part for part in term if part[0][0] == "v")
+        rest = tuple(part for part in term if part[0][0] != "v")
+        if abs(factor - 1) > CLOSE or rest not in ((), _NORMALISED) or not term or [power for _, power in vectors] not in ([], [1]):
+            return None
+        normalised = normalised or rest == _NORMALISED
+        if vectors:
+            found["scale" if rest else "bias"] = rows.symbols[vectors[0][0]]
+    if not normalised or ("bias" in found and not (rows.centred and "scale" in found)):
         return None
-    x, shift = step.operands
-    lead = x.shape[:-1]
-    row = row_origin(shift, lead, scope)
-    return x if row is not None and (whole := _mean_of(row, lead, scope)) is not None and same(whole, x, scope) else None
+    return {name: found[name] for name in ("scale", "bias") if name in found}
 
 
-def _less_nothing(value: Value, scope: Scope) -> Value:
-    """x, of x - 0, which flax computes."""
-    step = scope.maker(value, "stablehlo.subtract")
-    return step.operands[0] if step and splat(step.operands[1], scope) == 0.0 else value
+def norm_gradients(steps: Sequence[Step], scope: Scope) -> list[Step]:
+    """One step for each norm whose rows' gradient is computed here: operands rows, cotangent, scale if any, what is added; results the gradient of
+    the rows, and that of the scale if it is computed too."""
+    place = {v: i for i, step in enumerate(steps) for v in step.results}
+    found: list[Step] = []
+    for step, rows in _readings(steps, scope):
+        gradient = _gradient(step, rows, scope, place) if step.name == "stablehlo.add" else None
+        if gradient is not None:
+            found.append(gradient)
+            del rows.known[step.results[0]]  # to others it is any array
+    return found
 
 
-def _mean_of(value: Value, lead: Shape, scope: Scope) -> Value | None:
-    """What `value` is the mean of along the last axis."""
-    row = row_origin(value, lead, scope)
-    step = row and scope.maker(row, "stablehlo.divide")
-    source = step and row_origin(step.operands[0], lead, scope)
-    terms = source and row_reduction(source, "add", scope)
-    return terms if step and terms and terms.shape[:-1] == lead and splat(step.operands[1], scope) == terms.shape[-1] else None
+# ---- rows, and the steps that lead from them -----------------------------------------------------------------------------------------
 
 
-def _squared(value: Value, scope: Scope) -> Value | None:
-    step = scope.maker(value, "stablehlo.multiply", "chlo.square")
-    return step.operands[0] if step and step.operands[0] is step.operands[-1] else None
+def _readings(steps: Sequence[Step], scope: Scope) -> Iterator[tuple[Step, _Rows]]:
+    """The steps of which it is known what they compute from rows that are normalised, in order."""
+    seeds: dict[Value, _Rows] = {}
+    for found in _normalised_rows(steps, scope):
+        seeds.setdefault(found.x, found)
+    owners = dict(seeds)
+    for step in steps if seeds else ():
+        owned = {id(rows): rows for v in step.operands if (rows := owners.get(v)) is not None and v in rows.known}
+        if len(owned) != 1 or len(step.results) != 1 or step.results[0] in seeds:
+            continue
+        (rows,) = owned.values()
+        if _read(step, rows, scope):
+            owners[step.results[0]] = rows
+            yield step, rows
 
 
-def _is_variance(value: Value, x: Value, scope: Scope) -> bool:
-    """Whether it is mean((x - mean(x))^2) or mean(x^2) - mean(x)^2, perhaps not less than 0; `jnp.var` asks whether there are elements."""
-    lead = x.shape[:-1]
-    row = row_origin(value, lead, scope)
-    if row is None:
-        return False
-    step = scope.maker(row, "stablehlo.maximum", "stablehlo.select", "stablehlo.subtract")
-    if step is None:
-        square = _mean_of(row, lead, scope)
-        inner = _squared(square, scope) if square is not None else None
-        return inner is not None and _centred(inner, scope) is x
-    if step.name == "stablehlo.maximum":
-        return any(splat(bound, scope) == 0.0 and _is_variance(v, x, scope) for v, bound in (step.operands, step.operands[::-1]))
-    if step.name == "stablehlo.select":
-        return splat(step.operands[0], scope) is True and _is_variance(step.operands[1], x, scope)
-    square, mean_squared = _mean_of(step.operands[0], lead, scope), row_origin(step.operands[1], lead, scope)
-    mean = _squared(mean_squared, scope) if mean_squared is not None else None
-    return square is not None and _squared(square, scope) is x and mean is not None and _mean_of(mean, lead, scope) is x
+def _normalised_rows(steps: Sequence[Step], scope: Scope) -> Iterator[_Rows]:
+    """What the roots in these steps are taken of. What is guessed wrongly here leads to no gradient."""
+    for step in steps:
+        total = scope.maker(step.operands[0], "stablehlo.add") if step.name in ROOTS else None
+        for spread, constant in (total.operands, total.operands[::-1]) if total else ():
+            eps = splat(constant, scope)
+            if isinstance(eps, float) and eps > 0 and (squared := _squared(spread, scope)):
+                value, centred = squared
+                difference = scope.maker(value, "stablehlo.subtract")
+                if not centred and difference is not None and splat(difference.operands[1], scope) is None:
+                    value, centred = difference.operands[0], True
+                x = _wide_origin(value, scope)
+                if x.type.is_floating and x.shape and x.shape[-1] > 1:
+                    one: Polynomial = {_C: 1.0, (("M", 1),): 1.0} if centred else {_C: 1.0}
+                    yield _Rows(x, centred, eps, {x: one})
+
+
+def _squared(spread: Value, scope: Scope) -> tuple[Value, bool] | None:
+    """v, where the spread is the mean of v^2; True if something is subtracted from that."""
+    centred = False
+    while (step := scope.producers.get(spread)) is not None:
+        if step.name in ("stablehlo.multiply", "chlo.square"):
+            return (step.operands[0], centred) if step.operands[0] is step.operands[-1] else None
+        if step.name not in _PASSED:
+            return None
+        centred = centred or step.name == "stablehlo.subtract"
+        bounded = step.name == "stablehlo.maximum" and splat(step.operands[0], scope) == 0.0
+        spread = step.operands[1 if bounded or step.name == "stablehlo.select" else 0]
+    return None
+
+
+_PASSED = frozenset(f"stablehlo.{n}" for n in ("broadcast_in_dim", "reshape", "convert", "divide", "maximum", "reduce", "select", "subtract"))
+
+
+def _wide_origin(value: Value, scope: Scope) -> Value:
+    """Before conversions to a wider float."""
+    while (step := scope.maker(value, "stablehlo.convert")) is not None and step.operand.is_floating and step.operand.dtype in _HALF:
+        value = step.operands[0]
+    return value
+
+
+_HALF = ("float16", "bfloat16")
 
 
 def _vector(value: Value, scope: Scope) -> Value | None:
@@ -155,3 +185,198 @@ def _vector(value: Value, scope: Scope) -> Value | None:
     if source.type.size != size or size < 2 or dims[:-1] != [None] * (value.type.rank - 1) or dims[-1] is None:
         return None
     return source
+
+
+# ---- what a step computes ------------------------------------------------------------------------------------------------------------
+
+
+def _read(step: Step, rows: _Rows, scope: Scope) -> bool:
+    """Note what a step computes, if that is known."""
+    result = step.results[0]
+    if step.name == "stablehlo.compare":
+        truth = _truth(step, rows, scope)
+        if truth is not None:
+            rows.truths[result] = truth
+            rows.known[result] = {}
+        return truth is not None
+    reader = _READERS.get(step.name)
+    polynomial = reader(step, rows, scope) if reader and result.type.is_floating else None
+    if polynomial is not None:
+        rows.known[result] = polynomial
+    return polynomial is not None
+
+
+def _sum_of_two(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    p, q = (rows.polynomial(v, scope) for v in step.operands)
+    if p and q and has_root(p) != has_root(q):  # what comes from another reader of the rows is added as it is, and may well be made of them
+        p, q = (one if has_root(one) else rows.opaque(v, one, scope) for v, one in zip(step.operands, (p, q), strict=True))
+    return None if p is None or q is None else add(p, q, 1.0 if step.name == "stablehlo.add" else -1.0)
+
+
+def _product(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    p, q = rows.polynomial(step.operands[0], scope), rows.polynomial(step.operands[-1], scope)
+    return None if p is None or q is None else polynomials.multiply(p, q)
+
+
+def _quotient(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    p, q = (rows.polynomial(v, scope) for v in step.operands)
+    over = None if q is None else polynomials.inverse(q)
+    return None if p is None or over is None else polynomials.multiply(p, over)
+
+
+def _negation(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    return {term: -factor for term, factor in rows.known[step.operands[0]].items()}
+
+
+def _same(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    """A conversion between floats, or what only adds or repeats dimensions, each row's number along its row."""
+    source, result = step.operands[0], step.results[0]
+    if not source.type.is_floating:
+        return None
+    if source.shape == result.shape:
+        kept = step.name != "stablehlo.broadcast_in_dim" or list(step.broadcast_dimensions) == list(range(source.type.rank))
+        return rows.known[source] if kept else None
+    if not _is_one_a_row(source.shape, rows) or not (result.shape == rows.x.shape or _is_one_a_row(result.shape, rows)):
+        return None
+    if step.name == "stablehlo.broadcast_in_dim":
+        places = [step.broadcast_dimensions[d] for d in _long(source.shape)]
+        if places != (_long(rows.x.shape[:-1]) if result.shape == rows.x.shape else _long(result.shape)):
+            return None
+    elif step.name == "stablehlo.reshape" and result.shape == rows.x.shape:
+        return None
+    return rows.known[source]
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    return [d for d, size in enumerate(shape) if size != 1]
+
+
+def _is_one_a_row(shape: tuple[int, ...], rows: _Rows) -> bool:
+    return [s for s in shape if s != 1] == [s for s in rows.x.shape[:-1] if s != 1]
+
+
+def _reduction(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    """A sum along the rows, or along dimensions of size 1; sums over all rows are noted."""
+    source = step.operands[0]
+    if folds(step.regions[0]) != ("add",) or splat(step.operands[1], scope) != 0.0 or source not in rows.known:
+        return None
+    summed = [d for d in _long(source.shape) if d in step.dimensions]
+    if source.shape == rows.x.shape and summed == _long(rows.x.shape[:-1]) and step.dimensions:
+        _note_scale(step, rows.known[source], rows)
+    if not summed:
+        return rows.known[source] if _is_one_a_row(source.shape, rows) else None
+    last = [rows.x.type.rank - 1]
+    return row_sum(rows.known[source], rows.size, rows.eps, centred=rows.centred) if source.shape == rows.x.shape and summed == last else None
+
+
+def _note_scale(step: Step, polynomial: Polynomial, rows: _Rows) -> None:
+    """Whether it is the sum of C R g over all rows."""
+    ((term, factor), *others) = polynomial.items() or [((), 0.0)]
+    symbols = dict(term)
+    if not others and abs(factor - 1) < CLOSE and symbols.pop("C", 0) == 1 and symbols.pop("R", 0) == 1 and list(symbols.values()) == [1]:
+        rows.scales.setdefault(rows.symbols[next(iter(symbols))], step)
+
+
+def _root(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    if not equal(rows.known[step.operands[0]], _SQUARE):
+        return None
+    return {(("R", 1 if step.name == "stablehlo.rsqrt" else -1),): 1.0}
+
+
+def _maximum(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    """A variance that rounding may have made less than 0."""
+    for value, bound in (step.operands, step.operands[::-1]):
+        if splat(bound, scope) == 0.0 and _is_variance(rows.known.get(value, {}), rows):
+            rows.clamped.add(step.results[0])
+            return rows.known[value]
+    return None
+
+
+def _is_variance(polynomial: Polynomial, rows: _Rows) -> bool:
+    return equal(add(polynomial, {(): rows.eps}), _SQUARE)
+
+
+def _truth(step: Step, rows: _Rows, scope: Scope) -> bool | None:
+    """Whether a variance that was kept from below 0 is what it was before (it is), or is 0: where that is so, what it decides on is multiplied
+    by rows less their mean, which are 0."""
+    for one, other in (step.operands, step.operands[::-1]):
+        if other in rows.clamped and step.comparison_direction == "EQ":
+            if splat(one, scope) == 0.0:
+                return False
+            return True if _is_variance(rows.known.get(one, {}), rows) else None
+    return None
+
+
+def _choice(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
+    truth = rows.truths.get(step.operands[0], splat(step.operands[0], scope))
+    return None if truth is None else rows.polynomial(step.operands[1 if truth else 2], scope)
+
+
+_READERS = {
+    "stablehlo.add": _sum_of_two,
+    "stablehlo.subtract": _sum_of_two,
+    "stablehlo.multiply": _product,
+    "chlo.square": _product,
+    "stablehlo.divide": _quotient,
+    "stablehlo.negate": _negation,
+    "stablehlo.convert": _same,
+    "stablehlo.broadcast_in_dim": _same,
+    "stablehlo.reshape": _same,
+    "stablehlo.reduce": _reduction,
+    "stablehlo.rsqrt": _root,
+    "stablehlo.sqrt": _root,
+    "stablehlo.maximum": _maximum,
+    "stablehlo.select": _choice,
+}
+
+
+# ---- the gradient --------------------------------------------------------------------------------------------------------------------
+
+
+def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int]) -> Step | None:
+    """The step that computes `step`'s result, if that is the gradient of the rows; and the gradient of the scale, if all is there by then."""
+    matched = _matched(rows.known[step.results[0]], rows) if step.result.shape == rows.x.shape else None
+    g, scale = _factors(matched[0], rows, scope) if matched else (None, None)
+    if matched is None or g is None:
+        return None
+    operands = [rows.x, g, *([] if scale is None else [scale]), *matched[1]]
+    given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[1])}
+    whole = fuse("jax_mps.norm_gradient", step, operands, scope, given, shared=True)
+    summed = rows.scales.get(g) if scale is not None else None
+    other = summed and fuse("jax_mps.norm_gradient", summed, [rows.x, g], scope, shared=True)
+    if whole is None or not summed or not other or any(place.get(v, -1) > place[summed.results[0]] for v in (*whole.operands, *other.operands)):
+        return whole
+    more = [v for v in other.operands if v not in whole.operands]
+    original = tuple(dict.fromkeys((*whole.original, *other.original)))
+    return replace(whole, operands=(*whole.operands, *more), results=(*step.results, *summed.results), attributes={**given, "original": original})
+
+
+def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Value | None]:
+    """The cotangent and the scale that u is the product of; no scale if it is none. Of a single row, both are vectors."""
+    arrays = [rows.symbols[s] for s, _ in u]
+    if any(power != 1 for _, power in u) or len(arrays) > 2 or not (u[0][0][0] == "u" or rows.x.type.size == rows.size):
+        return None, None
+    if len(arrays) == 2:
+        return (arrays[0], arrays[1]) if u[1][0][0] == "v" else (None, None)
+    product = scope.maker(arrays[0], "stablehlo.multiply")
+    pairs = (product.operands, product.operands[::-1]) if product else ()
+    found = [(_wide_origin(g, scope), scale) for g, weight in pairs if (scale := _vector(weight, scope)) is not None]
+    return next((pair for pair in found if pair[0] in rows.scales), found[0] if found else (arrays[0], None))
+
+
+def _matched(polynomial: Polynomial, rows: _Rows) -> tuple[Monomial, list[Value]] | None:
+    """u, of the gradient of the rows R u - R mean(u) - C R^3 mean(C u) (without the second term where the mean is left alone), and the arrays
+    that are added to it."""
+    if not any(("R", 3) in term for term in polynomial):
+        return None
+    starts = [t for t in polynomial if ("R", 1) in t and all(s == "R" or (is_of_elements(s) and s != "C") for s, _ in t)]
+    if len(starts) != 1:
+        return None
+    u = tuple((s, p) for s, p in starts[0] if s != "R")
+    wanted: Polynomial = {starts[0]: 1.0, monomial([*_C, ("R", 3), (sum_symbol(monomial((*_C, *u))), 1)]): -1.0 / rows.size}
+    if rows.centred:
+        wanted[monomial([("R", 1), (sum_symbol(u), 1)])] = -1.0 / rows.size
+    rest = add(polynomial, wanted, -1.0)
+    if any(len(t) != 1 or t[0][1] != 1 or t[0][0][0] not in "uv" or abs(factor - 1) > CLOSE for t, factor in rest.items()):
+        return None
+    return u, [rows.symbols[t[0][0]] for t in rest]

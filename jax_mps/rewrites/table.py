@@ -6,7 +6,7 @@ table has a reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,20 +59,35 @@ class Rewrite:
     needs: frozenset[str] = frozenset()
 
 
-Table = tuple[Rewrite, ...]
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """`groups(steps, scope)` looks at the steps of one region and gives steps that compute results of several of them, each from operands that
+    are known where the first of these results is made: there it is put, in place of those that made them.
+
+    roots: ops one of which every region holds that holds such a group.
+    """
+
+    name: str
+    groups: Callable[[Sequence[Step], Scope], list[Step]]
+    roots: frozenset[str]
+    reason: str
+
+
+Table = tuple[Rewrite | Sweep, ...]
 
 
 def apply(plan: Plan, table: Table) -> Plan:
     """The plan with every rewrite applied in the table's order, without the steps that nobody reads any more."""
     present = {step.name for step in plan.body.walk()}
     roots: dict[str, list[Rewrite]] = {}
+    sweeps = [row for row in table if isinstance(row, Sweep) and row.roots & present]
     for rewrite in table:
-        if not rewrite.needs or rewrite.needs & present:
+        if isinstance(rewrite, Rewrite) and (not rewrite.needs or rewrite.needs & present):
             for name in rewrite.roots & present:
                 roots.setdefault(name, []).append(rewrite)
-    if not roots:
+    if not roots and not sweeps:
         return plan
-    body = _region(plan.body, Scope(plan.body), roots)
+    body = _region(plan.body, Scope(plan.body), roots, sweeps)
     return plan if body is plan.body else replace(plan, body=body)
 
 
@@ -89,14 +104,14 @@ def _reads(body: Region) -> dict[Value, int]:
     return reads
 
 
-def _region(region: Region, scope: Scope, roots: Mapping[str, list[Rewrite]]) -> Region:
+def _region(region: Region, scope: Scope, roots: Mapping[str, list[Rewrite]], sweeps: Sequence[Sweep]) -> Region:
     """The region, itself where nothing changed."""
     steps: list[Step] = []
     changed = False
     for old in region.steps:
         step = old
         if step.regions:
-            inner = tuple(_region(r, scope, roots) for r in step.regions)
+            inner = tuple(_region(r, scope, roots, sweeps) for r in step.regions)
             if any(new is not r for new, r in zip(inner, step.regions, strict=True)):
                 step = replace(step, regions=inner)
         for rewrite in roots.get(step.name, ()):
@@ -106,7 +121,17 @@ def _region(region: Region, scope: Scope, roots: Mapping[str, list[Rewrite]]) ->
             scope.producers[value] = step
         changed = changed or step is not old
         steps.append(step)
+    for sweep in sweeps:
+        groups = sweep.groups(steps, scope) if any(step.name in sweep.roots for step in steps) else []
+        steps, changed = _with_groups(steps, groups), changed or bool(groups)
+        scope.producers.update((value, group) for group in groups for value in group.results)
     if not changed:
         return region
     done = Region(region.arguments, tuple(steps), region.results)
     return Region(done.arguments, tuple(live_steps(done)), done.results)
+
+
+def _with_groups(steps: list[Step], groups: Sequence[Step]) -> list[Step]:
+    """The steps, each group in place of the first that made one of its results."""
+    group_of = {value: group for group in groups for value in group.results}
+    return list(dict.fromkeys(group_of.get(step.results[0], step) if step.results else step for step in steps)) if groups else steps

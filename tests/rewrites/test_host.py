@@ -53,6 +53,7 @@ PROGRAMS = pytest.mark.parametrize(
     ("f", "args"),
     [
         (lambda x: jax.vjp(jax.nn.softmax, x)[1](x)[0] + jax.nn.log_softmax(norm(x)), (X,)),
+        (jax.grad(lambda x, s: (jnp.sin(x) + norm(x) * s)[1:].sum(), (0, 1)), (X, X[0])),
         (lambda x, i: jnp.take(x, i, axis=0), (X, np.array([-1, 2, 9], np.int32))),
         (lambda k: jax.random.normal(jax.random.split(jax.random.wrap_key_data(k))[1], (5,)), (KEY,)),
         (SHARED, (X, np.array([-4, 2], np.int32))),
