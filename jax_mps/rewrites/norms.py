@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jax_mps.ops.bodies import folds
-from jax_mps.plan.types import Step, Value
+from jax_mps.plan.types import Region, Step, Value
 from jax_mps.rewrites import polynomials
 from jax_mps.rewrites.match import fuse, origin, splat
 from jax_mps.rewrites.polynomials import CLOSE, Monomial, Polynomial, add, equal, has_root, is_of_elements, monomial, row_sum, sum_symbol
@@ -81,7 +81,7 @@ def norms(steps: Sequence[Step], scope: Scope) -> list[Step]:
         whole = fuse("jax_mps.layer_norm" if rows.centred else "jax_mps.rms_norm", step, [rows.x, *affine.values()], scope, given)
         if whole is not None:
             found.append(whole)
-            inside.update(whole.original)
+            inside.update(whole.original.steps)
     return found
 
 
@@ -346,9 +346,9 @@ def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int])
     other = summed and fuse("jax_mps.norm_gradient", summed, [rows.x, g], scope, shared=True)
     if whole is None or not summed or not other or any(place.get(v, -1) > place[summed.results[0]] for v in (*whole.operands, *other.operands)):
         return whole
-    more = [v for v in other.operands if v not in whole.operands]
-    original = tuple(dict.fromkeys((*whole.original, *other.original)))
-    return replace(whole, operands=(*whole.operands, *more), results=(*step.results, *summed.results), attributes={**given, "original": original})
+    read, results = (*whole.operands, *(v for v in other.operands if v not in whole.operands)), (*step.results, *summed.results)
+    original = Region(read, tuple(dict.fromkeys((*whole.original.steps, *other.original.steps))), results)
+    return replace(whole, operands=read, results=results, attributes={**given, "original": original})
 
 
 def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Value | None]:
