@@ -9,18 +9,18 @@ static PJRT_Error* prepare(PJRT_Executable* executable) { /* locked */
   PyObject* made = hook_call(HOOK_prepare, Py_BuildValue("(Ol)", executable->object, executable->runs));
   if (!made) return error_from_python("prepare");
   PyObject *callable, *leading;
-  int again = 0;
+  long look = 0;
   bool ok = PyTuple_Check(made) && PyTuple_Size(made) == 3;
   if (ok) {
     callable = PyTuple_GetItem(made, 0);
     leading = PyTuple_GetItem(made, 1);
-    again = PyObject_IsTrue(PyTuple_GetItem(made, 2));
-    ok = PyCallable_Check(callable) && PyTuple_Check(leading) && again >= 0;
+    look = PyLong_AsLong(PyTuple_GetItem(made, 2));
+    ok = PyCallable_Check(callable) && PyTuple_Check(leading) && look >= 0;
   }
   PJRT_Error* error = NULL;
   if (!ok) {
     PyErr_Clear();
-    error = INTERNAL("hook prepare did not return (callable, tuple, bool) for %s", executable->name);
+    error = INTERNAL("hook prepare did not return (callable, tuple, int) for %s", executable->name);
   } else {
     PyObject *old_callable = executable->callable, *old_leading = executable->leading;
     Py_INCREF(callable);
@@ -28,7 +28,7 @@ static PJRT_Error* prepare(PJRT_Executable* executable) { /* locked */
     executable->callable = callable;
     executable->leading = leading;
     executable->leading_count = PyTuple_Size(leading);
-    executable->prepare_again = again;
+    executable->next_look = look;
     Py_XDECREF(old_callable);
     Py_XDECREF(old_leading);
   }
@@ -113,11 +113,12 @@ static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
 /* The results of a direct executable. */
 static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, size_t count, PyObject** results) {
   *results = NULL;
-  if (executable->prepare_again && executable->runs > 0 && laziness.evaluate_now)
+  bool looks = !executable->callable || (executable->next_look && executable->runs >= executable->next_look);
+  if (looks && executable->runs > 0 && laziness.evaluate_now)
     error_release(evaluate_lazy(false)); /* a function is compiled with constants that the runs before made real */
   lock_with_gil();
   PJRT_Error* error = NULL;
-  if (!executable->callable || executable->prepare_again) error = prepare(executable);
+  if (looks) error = prepare(executable);
   if (!error) {
     *results = call(executable, inputs, count);
     error = *results ? check_results(*results, executable->outputs.count, "prepare (its callable)", executable->name)

@@ -268,7 +268,7 @@ struct PJRT_Executable {
   PyObject* leading;
   Py_ssize_t leading_count;
   long runs;
-  bool prepare_again;
+  long next_look; /* the run before which `prepare` is asked again; 0: never */
 };
 struct PJRT_LoadedExecutable {
   PJRT_Executable* executable;

@@ -274,6 +274,9 @@ class EntryFiles:
         with self.entry.path(name) as path:
             return import_function(path, self.entry.read(name))
 
+    def content(self, name: str) -> bytes | None:
+        return self.entry.read(name)
+
     def artifact(self, name: str) -> bytes:
         return self.entry.read(name)
 

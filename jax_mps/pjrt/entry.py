@@ -147,7 +147,7 @@ def describe_error(error: BaseException) -> tuple[int, str]:
     return INTERNAL, f"{type(error).__name__}: {error}"
 
 
-def prepare(executable: Executable, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
+def prepare(executable: Executable, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], int]:
     return executable.prepare(run)
 
 

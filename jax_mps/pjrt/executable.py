@@ -10,12 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps import runtime
-from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.buffer import HOST, LAZY, READY
 from jax_mps.pjrt.options import Devices, unpack
 from jax_mps.pjrt.types import NUMBERS
-from jax_mps.plan.fusion import compiled, wants_compile
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Callback, Device, Host, Segment
 from jax_mps.plan.tensors import DEVICE_DTYPES, TensorType
@@ -64,15 +62,12 @@ class Executable:
         code, _ = unpack(self.source())
         return b"mlir", build.bytecode(build.parse(code))
 
-    def prepare(self, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], bool]:
-        """The callable for the next runs, its leading inputs, and whether to ask again before the run after the next. Locked."""
+    def prepare(self, run: int) -> tuple[Callable[..., Any], tuple[mx.array, ...], int]:
+        """The callable for the next runs, its leading inputs, and the run before which to ask again (0: never). Locked."""
         assert self.function is not None
-        function, leading = self.function.load()
-        wanted = wants_compile(run, self.function.ops)
-        if not wanted:
-            return function, leading, wanted is not None
-        count("compiles")
-        return compiled(function), leading, False
+        _, leading = self.function.load()
+        function, look = self.function.choose(run, [(t.shape, t.dtype) for t in self.program.parameters])
+        return function, leading, look
 
     def execute(self, arguments: list[Any]) -> Sequence[Any]:
         """Run the program, on the executor's thread unless it is prompt; `arguments` is emptied as values die. What JAX passes for a token is a

@@ -19,17 +19,36 @@ log = logging.getLogger(__name__)
 # On a GPU each fused kernel costs about a second the first time (then MLX finds it on disk), and a program has one for every few ops: one
 # of so many ops more is compiled a run later.
 _OPS_A_RUN = 32
+# On the CPU a kernel costs 1-2 s of a C++ compiler, each time /tmp is new. A function that has run for so long, by these estimates of what MLX
+# takes there, is likely to run for a while; a process of its own then finds out whether fusing it pays (`trial`).
+_HOT_SECONDS, _TRIAL_SECONDS = 10.0, 2.0
+_SECONDS_AN_OP, _SECONDS_AN_ELEMENT = 3e-6, 3e-10
+_FEWEST_RUNS = 20
 # Inputs and outputs of one fused kernel. Metal binds 31 buffers, of which MLX takes four for strides, shape and rank; it bounds only the
 # inputs of what it fuses, and a kernel with more fails when it is evaluated (MLX 0.32).
 _MOST_BUFFERS = {"metal": 27}
 
 
-def wants_compile(runs: int, ops: int) -> bool | None:
-    """Whether a function that ran so often is to be compiled now; None: never. Not before its first run has made its constants real."""
+def first_look(ops: int, cost: int) -> int:
+    """The run before which a function is fused, or tried (`is_tried_first`), at the earliest; 0: never. It has run before, so that its
+    constants are real."""
     chosen = settings().compile
-    if chosen == "0" or (chosen == "auto" and runtime.device_kind() == "cpu"):
-        return None
-    return runs >= (1 if chosen == "1" else 1 + ops // _OPS_A_RUN)
+    if chosen == "1":
+        return 1
+    if chosen == "0":
+        return 0
+    return later_look(0, ops, cost) if runtime.device_kind() == "cpu" else 1 + ops // _OPS_A_RUN
+
+
+def later_look(run: int, ops: int, cost: int) -> int:
+    """The run before which to ask about a trial (again): some seconds of such runs later."""
+    seconds = _HOT_SECONDS if run == 0 else _TRIAL_SECONDS
+    return run + max(_FEWEST_RUNS, int(seconds / (_SECONDS_AN_OP * ops + _SECONDS_AN_ELEMENT * cost)))
+
+
+def is_tried_first() -> bool:
+    """Whether a function has to be faster fused before it is: on the CPU, unless the user chose."""
+    return settings().compile == "auto" and runtime.device_kind() == "cpu"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

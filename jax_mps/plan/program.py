@@ -152,6 +152,9 @@ class ExportedFiles:
             return self.functions[name]
         return import_function(self.paths[name], self.paths[name].read_bytes())
 
+    def content(self, name: str) -> bytes | None:
+        return None if name in self.functions else self.paths[name].read_bytes()
+
     def artifact(self, name: str) -> bytes:
         return self.artifacts[name]
 

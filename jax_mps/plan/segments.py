@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,8 +19,11 @@ from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
-from jax_mps.plan.fusion import compiled, wants_compile
+from jax_mps.plan import fusion
 from jax_mps.plan.tensors import TensorType, numpy_dtype
+
+if TYPE_CHECKING:
+    from jax_mps.plan.trial import Shapes, Trial
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class Files(Protocol):
 
     def function(self, name: str) -> Callable[..., Any]:
         """Import an MLX function file."""
+
+    def content(self, name: str) -> bytes | None:
+        """The bytes of a function file; None for a function without one."""
 
     def artifact(self, name: str) -> bytes:
         """A host region's StableHLO."""
@@ -202,7 +208,10 @@ class Device(Segment):
     _function: Callable[..., Any] | None = None
     _leading: tuple[mx.array, ...] = ()
     _runs: int = 0
-    _compiled: Callable[..., Any] | None = None
+    _chosen: Callable[..., Any] | None = None  # for the runs before `_look`
+    _look: int = 0
+    _fused: Callable[..., Any] | None = None
+    _trial: Trial | None = None
 
     def load(self) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
         """The function and its leading inputs, imported at the first call."""
@@ -213,8 +222,9 @@ class Device(Segment):
         return self._function, self._leading
 
     def run(self, values: list[Any]) -> Sequence[Any]:
-        settled = self._compiled or (self._function if wants_compile(self._runs, self.ops) is None else None)
-        if settled is not None and all(isinstance(v, mx.array) for v in values):
+        settled = self._chosen
+        if settled is not None and not 0 < self._look <= self._runs and all(isinstance(v, mx.array) for v in values):
+            self._runs += 1
             lib.shim_lock()  # an imported function has its stream: setting ours would cost as much as the call
             try:
                 return settled(*self._leading, *values)  # type: ignore[no-any-return]
@@ -222,17 +232,46 @@ class Device(Segment):
                 lib.shim_unlock()
         with runtime.locked():
             function, leading = self.load()
+            inputs = [to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)]
+            results = (self._chosen or function)(*leading, *inputs)
             self._runs += 1
-            results = (self._compiled or function)(*leading, *[to_device(v, d) for v, d in zip(values, self.dtypes, strict=True)])
-            if self._compiled is None and wants_compile(self._runs, self.ops):
-                mx.async_eval(results)  # its constants are real then
-                self._compiled = compiled(function)
+            if self._chosen is None or 0 < self._look <= self._runs:
+                self._chosen, self._look = self.choose(self._runs, [(v.shape, d) for v, d in zip(inputs, self.dtypes, strict=True)])
+                if self._chosen is self._fused:
+                    mx.async_eval(results)  # its constants are real then
             return results  # type: ignore[no-any-return]
+
+    def choose(self, run: int, inputs: Shapes) -> tuple[Callable[..., Any], int]:
+        """The function as it is or fused, for the runs from `run` on, and the run before which to ask again (0: never). Locked; where it
+        comes out fused, its constants must be real before the next call."""
+        function, _ = self.load()
+        look = fusion.first_look(self.ops, self.cost)
+        if not look or run < look:
+            return function, look
+        if self._fused is None and fusion.is_tried_first():
+            repays = self._repays(inputs)
+            if not repays:
+                return function, 0 if repays is False else fusion.later_look(run, self.ops, self.cost)
+        if self._fused is None:
+            count("compiles")
+            self._fused = fusion.compiled(function)
+        return self._fused, 0
+
+    def _repays(self, inputs: Shapes) -> bool | None:
+        """Whether the function is faster fused; None: not known yet."""
+        from jax_mps.plan import trial  # for a function that has run for seconds
+
+        if self._trial is None:
+            content = self.files.content(self.name) if self.peak <= trial.MOST_BYTES and trial.possible() else None
+            if content is None:
+                return False
+            self._trial = trial.Trial(content, [*((t.shape, t.dtype) for _, t in self.constants), *inputs])
+        return self._trial.repays()
 
     @property
     def width(self) -> int:
         """How many arrays a run makes, about: a fused kernel is several ops."""
-        return self.ops if self._compiled is None else 1 + self.ops // 4
+        return self.ops if self._fused is None else 1 + self.ops // 4
 
     def to_manifest(self) -> Manifest:
         constants = [[digest, *type_to_json(kind)] for digest, kind in self.constants]

@@ -264,7 +264,7 @@ HOOKS = {
     "load": lambda serialized, options: Executable(serialized),
     "serialize": lambda exe: exe.code,
     "optimized_program": lambda exe: None,
-    "prepare": lambda exe, run: (exe, (), False),
+    "prepare": lambda exe, run: (exe, (), 0),
     "execute": execute,
     "evaluate": evaluate,
     "schedule": schedule,
