@@ -139,7 +139,7 @@ class Loop(Segment):
         return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Until(Segment):
     """A `while` whose condition the host answers from a few scalars. It reads the carries that the body keeps, those that only count
     (`counters`: position, step), which the body never sees, and captures; it writes all carries.
@@ -252,7 +252,7 @@ class _Stack:
         self.target[(slice(None),) * axis + (slice(begin, end),)] = piece
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Scan(Segment):
     """A loop whose counter is known (plan/scans.py). It reads the carries that its body keeps, those that it stacks rows in, the arrays that it
     takes rows of, and captures; it writes all carries of the `while`.
