@@ -30,6 +30,7 @@ unsigned long shim_interrupts(void);
 int64_t shim_profile_now(void); /* 0 while nobody traces */
 void shim_profile_event(const char* name, int64_t start); /* a host segment that ended now */
 void shim_watch_interrupts(int on);
+void shim_guard_reads(int everywhere, int guard); /* on every thread, or on this one: 1 or 0; -1 here: as everywhere */
 int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most); /* cells found, -1 for no such library */
 int shim_write_cell(const shim_cell* cell, uintptr_t value); /* 0 or an error number */
 int shim_file_of(uintptr_t address, char* path, int size);

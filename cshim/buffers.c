@@ -1,6 +1,7 @@
 /* PJRT_Buffer: JAX's handle on a cell, with the static shape that answers for it. */
 #include <stdio.h>
 
+#include "bridge.h"
 #include "shim.h"
 
 atomic_long buffer_count;
@@ -209,9 +210,25 @@ PJRT_Error* Buffer_Memory(PJRT_Buffer_Memory_Args* args) {
   return NULL;
 }
 
+/* jaxlib asks its transfer guard for nothing that is on the CPU, where reading takes no transfer. Who set a guard wants to be told of an
+ * array's first reading, as on a device whose arrays JAX keeps a copy of. */
+static atomic_int guard_everywhere;
+static _Thread_local int guard_here = -1;
+
+void shim_guard_reads(int everywhere, int guard) {
+  if (everywhere) atomic_store(&guard_everywhere, guard);
+  else guard_here = guard;
+}
+
+static bool is_guarded(const PJRT_Buffer* buffer) {
+  int guard = guard_here >= 0 ? guard_here : atomic_load_explicit(&guard_everywhere, memory_order_relaxed);
+  return guard && !atomic_load_explicit(&buffer->was_read, memory_order_relaxed);
+}
+
 PJRT_Error* Buffer_IsOnCpu(PJRT_Buffer_IsOnCpu_Args* args) {
   /* the memory that a pointer would show is row-major: what JAX takes for something else is copied out */
-  args->is_on_cpu = args->buffer->memory->device->client->is_on_cpu && !args->buffer->layout;
+  args->is_on_cpu = args->buffer->memory->device->client->is_on_cpu && !args->buffer->layout && !is_guarded(args->buffer);
+  if (args->is_on_cpu) atomic_store_explicit(&args->buffer->was_read, true, memory_order_relaxed); /* or will be at once */
   return NULL;
 }
 

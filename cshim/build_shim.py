@@ -41,6 +41,7 @@ unsigned long shim_interrupts(void);
 int64_t shim_profile_now(void);
 void shim_profile_event(const char* name, int64_t start);
 void shim_watch_interrupts(int on);
+void shim_guard_reads(int everywhere, int guard);
 typedef struct { uintptr_t address; int name; int read_only; } shim_cell;
 int shim_imports(const char* library, const char* const* names, int count, shim_cell* cells, int most);
 int shim_write_cell(const shim_cell* cell, uintptr_t value);

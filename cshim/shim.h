@@ -206,7 +206,7 @@ struct PJRT_Buffer {
   PJRT_Memory* memory;
   Cell* cell;    /* state lock; NULL once deleted and without external references */
   long external; /* state lock */
-  atomic_bool deleted;
+  atomic_bool deleted, was_read; /* was_read: reading it again is no transfer */
   bool destroyed;
   uint64_t seen; /* the execution that last took it, and as which argument */
   size_t seen_index;

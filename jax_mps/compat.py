@@ -366,6 +366,23 @@ def _profiler() -> None:
     profiler.register_plugin_profiler(capsules[0])
 
 
+@_feature("transfer guards", _after)
+def _transfer_guards() -> None:
+    """`jax.transfer_guard_device_to_host` guards arrays of mps where reading them copies nothing, too."""
+    from jax._src import config
+
+    state: Any = config.transfer_guard_device_to_host
+
+    def told(everywhere: bool, update: Callable[[str | None], None]) -> Callable[[str | None], None]:
+        def hook(level: str | None) -> None:
+            update(level)
+            lib.shim_guard_reads(everywhere, level != "allow" if level is not None else -(not everywhere))
+
+        return hook
+
+    state._add_hooks(told(True, state._update_global_hook), told(False, state._update_thread_local_hook))
+
+
 @_feature("persistent cache", _after)
 def _persistent_cache() -> None:
     """JAX's own compilation cache, where the user turns it on: it is for platforms on a list inside one function."""

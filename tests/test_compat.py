@@ -27,7 +27,7 @@ RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
     "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "approx_top_k", "ffi targets",
     "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
-    "exported for cpu", "profiler",
+    "exported for cpu", "profiler", "transfer guards",
 }  # fmt: skip
 
 
@@ -502,3 +502,29 @@ def test_a_compiled_program_as_text() -> None:
     text = program.lower(X).compile().as_text()
     assert text.startswith("HloModule")
     assert "sine" in text
+
+
+READS: dict[str, Callable[[jax.Array], Any]] = {"asarray": np.asarray, "float": lambda x: float(x[0]), "str": str, "device_get": jax.device_get}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_transfer_guards(name: str) -> None:
+    """A read is refused where a guard says so, on this thread or everywhere, and nowhere else."""
+    read = READS[name]
+    guard = "disallow_explicit" if name == "device_get" else "disallow"
+    fresh = [jnp.asarray(X) + i for i in range(4)]
+    with jax.transfer_guard_device_to_host(guard):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-host transfer"):
+            read(fresh[0])
+        with jax.transfer_guard_device_to_host("allow"):
+            read(fresh[1])
+    jax.config.update("jax_transfer_guard_device_to_host", guard)
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-host transfer"):
+            read(fresh[2])
+    finally:
+        jax.config.update("jax_transfer_guard_device_to_host", None)
+    np.asarray(fresh[3])
+    with jax.transfer_guard_device_to_host("disallow"):
+        np.asarray(fresh[3])  # its value is there already
+    assert np.asarray(fresh[3]).__array_interface__["data"][0] == fresh[3].unsafe_buffer_pointer()  # as before: no copy
