@@ -43,7 +43,7 @@ def first_look(ops: int, cost: int) -> int:
 def later_look(run: int, ops: int, cost: int) -> int:
     """The run before which to ask about a trial (again): some seconds of such runs later."""
     seconds = _HOT_SECONDS if run == 0 else _TRIAL_SECONDS
-    return run + max(_FEWEST_RUNS, int(seconds / (_SECONDS_AN_OP * ops + _SECONDS_AN_ELEMENT * cost)))
+    return run + max(_FEWEST_RUNS, int(seconds / (_SECONDS_AN_OP * max(ops, 1) + _SECONDS_AN_ELEMENT * cost)))
 
 
 def is_tried_first() -> bool:

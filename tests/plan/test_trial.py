@@ -122,7 +122,7 @@ def test_kernels_that_others_could_write(tmp_path: Path, change: Callable[[Path]
     ("kind", "chosen", "ops", "cost", "look"),
     [
         ("cpu", "0", 10, 10, 0), ("cpu", "1", 10, 10, 1), ("cuda", "auto", 64, 10, 3), ("cuda", "0", 64, 10, 0), ("metal", "auto", 1, 10, 1),
-        ("cpu", "auto", 10, 0, 333_333), ("cpu", "auto", 10, 10**9, 33), ("cpu", "auto", 10, 10**12, 20),
+        ("cpu", "auto", 10, 0, 333_333), ("cpu", "auto", 0, 0, 3_333_333), ("cpu", "auto", 10, 10**9, 33), ("cpu", "auto", 10, 10**12, 20),
     ],
 )  # fmt: skip
 def test_when_a_function_is_looked_at(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str, ops: int, cost: int, look: int) -> None:
