@@ -196,7 +196,8 @@ def attention(op: Step) -> Run:
         if op.mask == "array":
             mask = _mask(rest[0], op, (*queries[:-1], keys[-2]), len(batches))
             y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask=mask)
-            y = mx.where(mx.any(mask, axis=-1, keepdims=True), y, _unseeing(v, op.fill, groups)) if op.guarded else y
+            seen = mask if mask.dtype == mx.bool_ else mask > -math.inf
+            y = mx.where(mx.any(seen, axis=-1, keepdims=True), y, _unseeing(v, op.fill, groups)) if op.guarded else y
         else:
             y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask="causal" if op.mask == "causal" else None)
         return mx.transpose(y.reshape(*queries[:-1], values[-1]), op.result_order)

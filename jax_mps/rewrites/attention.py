@@ -1,12 +1,13 @@
 """softmax(scale q k^T, masked) v as MLX's own op, for what that computes in one kernel: half types on CUDA, floats on Metal.
 
-Both products may have their dimensions in any order. Training reads the weights again, and keeps its steps.
+Both products may have their dimensions in any order. The gradients read the weights again: in training, where MLX has the kernel on CUDA, they are left to
+compute these anew, so that nothing of their size is kept (MLX's own gradient cannot be exported, and on Metal it has none).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ from jax_mps.plan.types import Step, Value
 from jax_mps.rewrites.match import fuse, origin, splat
 from jax_mps.rewrites.table import Scope
 
-# Names a dimension, from the product of queries and keys on: ("batch", i), ("query", i), the keys' own, the values' own.
+# Names a dimension, from the product of queries and keys on: ("batch", i), ("query", i), the keys' own, the values' own; ("one", i): a size of 1.
 Label = tuple[str, int]
 _KEY: Label = ("key", 0)
 _VALUE: Label = ("value", 0)
 
 _FEWEST = -1e30  # a finite fill at least so low leaves a weight of 0, unless it is all that a row holds
 _LARGEST_MASK = 1 << 22  # elements that are computed to see what a mask is
+_WIDEST = 128  # elements of a query or value that cuDNN's kernel takes, in eights
 _SIDES = ("lhs", "rhs")
 
 
@@ -33,7 +35,8 @@ _SIDES = ("lhs", "rhs")
 class _Scores:
     """What leads from queries and keys to the softmax. keys: the product's operand that they are. labels: of the scores' dimensions.
 
-    mask_labels: of the mask's own dimensions, None for one of size 1. fill: what is where the mask says no.
+    mask: says what is seen, or floats that are added. mask_labels: of the mask's own dimensions, None for one of size 1. fill: what is where it
+    says no.
     """
 
     product: Step
@@ -49,18 +52,24 @@ def attention(step: Step, scope: Scope) -> Step | None:
     if not _has_kernel(step) or is_precise(step):
         return None
     for side in (0, 1):
-        softmax = scope.maker(_unrounded(step.operands[side], scope), "jax_mps.softmax")
+        weights, places = _weights(step.operands[side], scope)
+        softmax = scope.maker(weights, "jax_mps.softmax")
         scores = _scores(softmax.operands[0], scope) if softmax else None
-        given = _layout(step, side, scores) if scores else None
-        if not scores or given is None:
+        given = _layout(step, side, scores, places) if scores else None
+        if not softmax or not scores or given is None:
             continue
         operands = [scores.product.operands[1 - scores.keys], scores.product.operands[scores.keys], step.operands[1 - side]]
-        if any(v.dtype != step.result.dtype for v in operands):
+        added = scores.mask is not None and scores.mask.dtype != "bool"
+        if any(v.dtype != step.result.dtype for v in (*operands, *([scores.mask] if added and scores.mask else []))):
+            continue
+        trains = scope.is_first_operand(softmax.operands[0], "jax_mps.softmax_gradient")
+        widths = operands[0].shape[given["queries_order"][-1]], operands[2].shape[given["values_order"][-1]]
+        if trains and not _trains(widths):
             continue
         masking = _masking(scores, given["order"], scope)
         if masking["mask"] == "array" and scores.mask is not None:
             operands.append(scores.mask)
-        return fuse("jax_mps.attention", step, operands, scope, {**given, **masking, "scale": scores.scale})
+        return fuse("jax_mps.attention", step, operands, scope, {**given, **masking, "scale": scores.scale}, shared=trains)
     return None
 
 
@@ -69,29 +78,63 @@ def _has_kernel(step: Step) -> bool:
     return (kind == "metal" and step.result.is_floating) or (kind == "cuda" and step.result.dtype in ("float16", "bfloat16"))
 
 
-def _unrounded(value: Value, scope: Scope) -> Value:
-    """Before a conversion between floats."""
-    step = scope.maker(value, "stablehlo.convert")
-    return step.operands[0] if step and step.operand.is_floating and step.result.is_floating else value
+def _trains(widths: Iterable[int]) -> bool:
+    """Whether the kernel is there for sure: if MLX composed it, everything would be computed twice."""
+    return device_kind() == "cuda" and all(width % 8 == 0 and width <= _WIDEST for width in widths)
+
+
+def _weights(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
+    """What a product's operand is before conversions between floats and dimensions of size 1 that come and go; and for each dimension of
+    `value`, the one of that."""
+    places: list[int | None] = list(range(value.type.rank))
+    while (step := scope.maker(value, "stablehlo.convert", *_UNITS)) is not None:
+        back = _units(step)
+        if back is None or not step.operand.is_floating:
+            break
+        places = [None if p is None else back[p] for p in places]
+        value = step.operands[0]
+    return value, places
+
+
+_UNITS = ("stablehlo.broadcast_in_dim", "stablehlo.reshape")  # `jnp.matmul` takes dimensions of size 1 out, and puts them back
+
+
+def _units(step: Step) -> list[int | None] | None:
+    """For each dimension of a result that differs from the operand in dimensions of size 1 alone, the operand's; None if it differs otherwise."""
+    source, result = step.operand.shape, step.result.shape
+    if step.name == "stablehlo.broadcast_in_dim":
+        at = {d: i for i, d in enumerate(step.broadcast_dimensions)}
+        back = [at.get(d) for d in range(len(result))]
+        return back if all((1 if i is None else source[i]) == n for i, n in zip(back, result, strict=True)) else None
+    back, i = [], len(source) - 1
+    for n in reversed(result):
+        while i >= 0 and source[i] == 1 != n:
+            i -= 1
+        same = i >= 0 and source[i] == n
+        if not same and n != 1:
+            return None
+        back.append(i if same else None)
+        i -= same
+    return back[::-1] if all(n == 1 for n in source[: i + 1]) else None
 
 
 # ---- from the softmax back to the first product --------------------------------------------------------------------------------------
 
 
 def _scores(value: Value, scope: Scope) -> _Scores | None:
-    places = list(range(value.type.rank))  # for each dimension of the softmax's operand, the one of `value`
+    places: list[int | None] = list(range(value.type.rank))  # for each dimension of the softmax's operand, the one of `value`
     scale, fill, mask = 1.0, -math.inf, None
     mask_axes: list[int | None] = []  # for each of the mask's dimensions, the one of the softmax's operand
     while (step := scope.maker(value, *_WAYS)) is not None:
         number = splat(step.operands[1], scope) if step.name in _SCALES else None
-        if step.name == "stablehlo.transpose":
-            places = [step.permutation[d] for d in places]
+        back = step.permutation if step.name == "stablehlo.transpose" else _units(step) if step.name in _UNITS else None
+        if back is not None:
+            places = [None if d is None else back[d] for d in places]
         elif step.name in _SCALES and isinstance(number, float) and number > 0:
             scale = scale * number if step.name == "stablehlo.multiply" else scale / number
-        elif step.name == "stablehlo.select" and mask is None and _is_fill(splat(step.operands[2], scope)):
-            fill = splat(step.operands[2], scope)
-            mask, dims = _source(step.operands[0], scope)
-            axis_of = {dims[place]: axis for axis, place in enumerate(places)} if dims else {}  # a scalar says the same everywhere
+        elif mask is None and (found := _mask_of(step, scale, scope)) is not None:
+            mask, dims, fill = found
+            axis_of = {dims[place]: axis for axis, place in enumerate(places) if place is not None} if dims else {}  # a scalar says the same everywhere
             mask_axes = [axis_of.get(m) if mask.shape[m] > 1 else None for m in range(mask.type.rank)]
         elif step.name != "stablehlo.convert" or not step.operand.is_floating:
             return None
@@ -100,21 +143,38 @@ def _scores(value: Value, scope: Scope) -> _Scores | None:
     if product is None or is_precise(product) or len(product.lhs_contracting_dimensions) != 1:
         return None
     batch, free = len(product.lhs_batching_dimensions), [_free(product, side) for side in (0, 1)]
-    keys = 0 if places[-1] < batch + len(free[0]) else 1
-    if places[-1] < batch or len(free[keys]) != 1:
+    last = places[-1]
+    keys = 0 if last is not None and last < batch + len(free[0]) else 1
+    if last is None or last < batch or len(free[keys]) != 1:
         return None
     queries: list[Label] = [("query", i) for i in range(len(free[1 - keys]))]
     own = [*(("batch", i) for i in range(batch)), *([_KEY, *queries] if keys == 0 else [*queries, _KEY])]
-    labels = tuple(own[d] for d in places)
+    labels = tuple(("one", axis) if d is None else own[d] for axis, d in enumerate(places))
     return _Scores(product, keys, labels, scale, mask, tuple(None if a is None else labels[a] for a in mask_axes), fill)
 
 
 _SCALES = ("stablehlo.multiply", "stablehlo.divide")
-_WAYS = (*_SCALES, "stablehlo.transpose", "stablehlo.select", "stablehlo.convert")
+_WAYS = (*_SCALES, *_UNITS, "stablehlo.transpose", "stablehlo.select", "stablehlo.add", "stablehlo.convert")
 
 
-def _is_fill(value: Any) -> bool:
-    return isinstance(value, float) and value <= _FEWEST
+def _mask_of(step: Step, scale: float, scope: Scope) -> tuple[Value, list[int | None], float] | None:
+    """What a step hides scores by: its source, for each of the mask's dimensions the source's, and what is in place of hidden ones."""
+    if step.name == "stablehlo.select":
+        fill = splat(step.operands[2], scope)
+        return (*_source(step.operands[0], scope), fill) if isinstance(fill, float) and fill <= _FEWEST else None
+    if step.name != "stablehlo.add" or scale != 1.0:  # what is added must not be scaled
+        return None
+    source, dims = origin(step.operands[1], scope)
+    choice = scope.maker(source, "stablehlo.select")
+    hidden = splat(choice.operands[2], scope) if choice and splat(choice.operands[1], scope) == 0.0 else None
+    if choice and isinstance(hidden, float) and hidden <= _FEWEST:  # where(mask, 0, -inf)
+        source, inner = _source(choice.operands[0], scope)
+        return source, [None if d is None else inner[d] for d in dims], hidden
+    narrow = scope.maker(source, "stablehlo.convert")
+    if narrow is not None and narrow.operand.is_floating:  # widened for this sum
+        source, inner = origin(narrow.operands[0], scope)
+        dims = [None if d is None else inner[d] for d in dims]
+    return source, dims, -math.inf
 
 
 def _source(mask: Value, scope: Scope) -> tuple[Value, list[int | None]]:
@@ -141,12 +201,13 @@ def _dimensions(product: Step, side: int, kind: str) -> tuple[int, ...]:
 # ---- layouts -------------------------------------------------------------------------------------------------------------------------
 
 
-def _layout(step: Step, side: int, scores: _Scores) -> dict[str, Any] | None:
+def _layout(step: Step, side: int, scores: _Scores, places: Sequence[int | None]) -> dict[str, Any] | None:
     """How to order the operands' dimensions for MLX, and its result's for the step's; None if the products don't fit together.
 
-    order: the labels of batches, groups of queries that share keys, positions. The last batch is the heads.
+    places: for each dimension of the step's operand, the weights' own. order: the labels of batches, groups of queries that share keys, positions;
+    the last batch is the heads.
     """
-    labels, product = scores.labels, scores.product
+    labels, product = [("one", -1) if d is None else scores.labels[d] for d in places], scores.product
     batch_dims, values = _dimensions(step, side, "batching"), 1 - side
     batches = sorted(label for label in labels if label[0] == "batch")
     queries = [label for label in labels if label[0] == "query"]
@@ -157,6 +218,8 @@ def _layout(step: Step, side: int, scores: _Scores) -> dict[str, Any] | None:
     side_q, side_k = 1 - scores.keys, scores.keys
     at_q = {("batch", i): d for i, d in enumerate(_dimensions(product, side_q, "batching"))}
     at_q |= {("query", i): d for i, d in enumerate(_free(product, side_q))}
+    if set(labels) != {*at_q, _KEY}:
+        return None
     at_v = {labels[d]: v for d, v in zip(batch_dims, _dimensions(step, values, "batching"), strict=True)}
     own = [labels[d] for d in batch_dims], [labels[d] for d in _free(step, side)]
     result = [*own[0], *own[1], _VALUE] if side == 0 else [*own[0], _VALUE, *own[1]]

@@ -19,11 +19,14 @@ _LARGEST_SPLAT = 4096  # elements that are compared; splats are stored as one
 def origin(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
     """What broadcasts and reshapes spread into `value`; and for each dimension of `value`, the dimension of the origin that it runs along.
 
-    None for a dimension along which the origin is repeated, or whose size is 1. Only reshapes that add or drop such dimensions are looked through.
+    None for a dimension along which the origin is repeated, or whose size is 1. Only reshapes that add or drop such dimensions are looked through,
+    and sums along them.
     """
     dims: list[int | None] = [d if size > 1 else None for d, size in enumerate(value.shape)]
-    while (step := scope.maker(value, *_SPREADING)) is not None:
+    while (step := scope.maker(value, *_SPREADING, "stablehlo.reduce")) is not None:
         source = step.operands[0]
+        if step.name == "stablehlo.reduce" and not _changes_nothing(step, scope):
+            break
         if step.name == "stablehlo.broadcast_in_dim":
             back = {d: i for i, d in enumerate(step.broadcast_dimensions) if source.shape[i] > 1}
         else:
@@ -34,6 +37,13 @@ def origin(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
         dims = [None if d is None else back.get(d) for d in dims]
         value = source
     return value, dims
+
+
+def _changes_nothing(step: Step, scope: Scope) -> bool:
+    """Whether a reduction is a sum along dimensions of size 1, as the gradients of broadcasts are."""
+    if len(step.results) != 1 or any(step.operand.shape[d] != 1 for d in step.dimensions):
+        return False
+    return folds(step.regions[0]) == ("add",) and splat(step.operands[1], scope) == 0.0
 
 
 def row_origin(value: Value, lead: Sequence[int], scope: Scope) -> Value | None:

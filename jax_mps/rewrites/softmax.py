@@ -79,19 +79,13 @@ def softmax_gradient(step: Step, scope: Scope) -> Step | None:
 
 
 def _is_pull_through_sum(value: Value, g: Value, exponential: Value, scope: Scope) -> bool:
-    """Whether it is -sum(g * 1 / sum(e)^2 * e), spread over the row; a sum over the axis of size 1 changes nothing."""
+    """Whether it is -sum(g * 1 / sum(e)^2 * e), spread over the row."""
     lead = exponential.shape[:-1]
-    row = _unit_sum(row_origin_rounded(value, lead, scope), lead, scope)
+    row = row_origin_rounded(value, lead, scope)
     negated = row and scope.maker(row, "stablehlo.negate")
     total = negated and row_origin_rounded(negated.operands[0], lead, scope)
     product = total and row_reduction(total, "add", scope)
     return bool(product and _is_product(product, g, exponential, scope))
-
-
-def _unit_sum(row: Value | None, lead: Shape, scope: Scope) -> Value | None:
-    """What a sum over the axis of size 1 leaves as it is, or `row` itself."""
-    inner = row and row_reduction(row, "add", scope)
-    return row_origin_rounded(inner, lead, scope) if inner and inner.shape == (*lead, 1) else row
 
 
 def _is_product(product: Value, g: Value, exponential: Value, scope: Scope) -> bool:
@@ -120,7 +114,7 @@ def normalised_times(step: Step, scope: Scope) -> Step | None:
         x = made and (_shifted(made.operands[0], scope) or _finitely_shifted(made.operands[0], scope))
         if not x:
             continue
-        row = _unit_sum(row_origin_rounded(quotient, x.shape[:-1], scope), x.shape[:-1], scope)
+        row = row_origin_rounded(quotient, x.shape[:-1], scope)
         division = row and scope.maker(_signless(row, exponential, scope), "stablehlo.divide")
         if not division:
             continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from ops.harness import Case, plan_of
+from ops.harness import Case, lowered, plan_of, reference, results_of
 from rewrites.proof import fused, prove
 
 from jax_mps.rewrites import attention, rewrite
@@ -21,6 +21,9 @@ MANY = R.normal(size=(2, 5, 6, 8)).astype(np.float32)  # twice as many heads as 
 LONG = R.normal(size=(2, 3, 9, 8)).astype(np.float32)
 MASK = R.random((2, 1, 5, 5)) < 0.6
 MASK[0, 0, 2] = False  # a row that sees nothing
+BIAS = R.normal(size=(2, 3, 5, 5)).astype(np.float32)
+BIAS[1, 2, 3], BIAS[0, 1, 0, 2:], BIAS[0, 0, 0] = -np.inf, -1e9, -1e9
+HALVES = tuple(x.astype(jnp.bfloat16) for x in (Q, K, V))
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 
@@ -50,6 +53,10 @@ def grouped(q, k, v):
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, h, d)
 
 
+def biased(q, k, v, bias):
+    return jax.nn.softmax(q @ k.swapaxes(-1, -2) * 0.3 + bias) @ v
+
+
 def causal(q, k, v):
     return attend(q, k, v, jnp.tril(jnp.ones((q.shape[-2], k.shape[-2]), bool), k.shape[-2] - q.shape[-2]))
 
@@ -74,6 +81,20 @@ def kind(case: Case) -> list[tuple[str, bool]]:
         (flax_attention, (TQ, TK, TV, np.tri(5, dtype=bool)), "array", True),  # given at run time
         (lambda q, k, v: flax_attention(q, k, v, jnp.arange(5)[:, None] >= jnp.arange(5)), (TQ, TK, TV), "causal", False),
         (grouped, (MANY, TK, TV), "none", False),
+        (causal, (Q[:1], K[:1], V[:1]), "causal", False),  # `jnp.matmul` takes out dimensions of size 1
+        (causal, (Q[:1, :, -1:], K[:1], V[:1]), "none", False),
+        (causal, (Q[:1, :1], K[:1, :1], V[:1, :1]), "causal", False),
+        (attend, (Q[:1], K[:1], V[:1], MASK[:1]), "array", True),
+        (lambda q, k, v, p: attend(q, k, v, jnp.arange(5) <= p), (Q[:1, :, :1], K[:1], V[:1], np.int32(3)), "array", True),
+        (biased, (Q[:1], K[:1], V[:1], BIAS[:1]), "array", True),
+        (grouped, (MANY[:1], TK[:1], TV[:1]), "none", False),
+        (jax.nn.dot_product_attention, (TQ[:1], TK[:1], TV[:1]), "none", False),
+        (lambda q, k, v: flax_attention(q, k, v, jnp.tri(5, dtype=bool)), (TQ[:1], TK[:1], TV[:1]), "causal", False),
+        (biased, (Q, K, V, BIAS), "array", True),
+        (biased, (Q, K, V, BIAS[:, :1, :1]), "array", True),
+        (lambda q, k, v: biased(q, k, v, jnp.where(jnp.tri(5, dtype=bool), 0, jnp.finfo(jnp.float32).min)), (Q, K, V), "causal", False),
+        (lambda q, k, v, m: biased(q, k, v, jnp.where(m, 0.0, -jnp.inf)), (Q, K, V, MASK), "array", True),
+        (lambda q, k, v, b: jax.nn.dot_product_attention(q, k, v, b), (TQ, TK, TV, BIAS), "array", True),
         (jax.nn.dot_product_attention, (TQ, TK, TV), "none", False),
         (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), (TQ, TK, TV), "causal", False),
         (lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m), (MANY, TK, TV, MASK), "array", True),
@@ -113,7 +134,9 @@ def weights_are_read(q, k, v):
         (lambda q, k, v: jax.nn.softmax(jnp.where(q @ k.swapaxes(-1, -2) > 0, -5.0, -9.0)) @ v, (Q, K, V), ["softmax"]),
         (lambda q, k, v: jax.nn.softmax(jnp.where(MASK, q @ k.swapaxes(-1, -2), -9.0)) @ v, (Q, K, V), ["softmax"]),  # seen a little
         (lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2) * -1.0) @ v, (Q, K, V), ["softmax"]),
-        (lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2) + 1) @ v, (Q, K, V), ["softmax"]),
+        (lambda q, k, v: jax.nn.softmax((q @ k.swapaxes(-1, -2) + BIAS) * 2) @ v, (Q, K, V), ["softmax"]),
+        (lambda q, k, v: jax.nn.softmax(jnp.where(MASK, q @ k.swapaxes(-1, -2) + BIAS, -jnp.inf)) @ v, (Q, K, V), ["softmax"]),
+        (lambda q, k, v: jax.nn.softmax((q @ k.swapaxes(-1, -2)).astype(jnp.float32) + BIAS).astype(q.dtype) @ v, HALVES, ["softmax"]),
         (lambda q, k, v: jax.nn.softmax(jnp.matmul(q, k.swapaxes(-1, -2), precision="highest")) @ v, (Q, K, V), ["softmax"]),
         (lambda q, k, v: jnp.einsum("bhqk,bhkd->hqd", jax.nn.softmax(q @ k.swapaxes(-1, -2)), v), (Q, K, V), ["softmax"]),
         (lambda q, k, v: jnp.einsum("bhqk,chkd->bhcqd", jax.nn.softmax(q @ k.swapaxes(-1, -2)), v), (Q, K, V), ["softmax"]),
@@ -130,3 +153,56 @@ def test_where_there_is_a_kernel(device, dtype, fires, monkeypatch) -> None:
     monkeypatch.setattr(attention, "device_kind", lambda: device)
     args = tuple(jnp.asarray(x, dtype) for x in (Q, K, V))
     assert len(kind(Case("device", causal, args))) == fires
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(f):
+    def loss(q, k, v, *masks):
+        return (f(q, k, v, *masks).astype(jnp.float32) ** 2).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))
+
+
+ROWS = tuple(x.astype(jnp.bfloat16) for x in (TQ, TK, TV))
+
+
+@pytest.mark.parametrize(
+    ("f", "args"),
+    [
+        (causal, HALVES), (attend, (*HALVES, MASK | np.eye(5, dtype=bool))), (lambda q, k, v: flax_attention(q, k, v, jnp.tri(5, dtype=bool)), ROWS),
+        (grouped, (MANY.astype(jnp.bfloat16), *ROWS[1:])), (causal, tuple(x[:1] for x in HALVES)),
+        (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), ROWS),
+        (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), (MANY.astype(jnp.bfloat16), *ROWS[1:])),
+    ],
+)  # fmt: skip
+def test_training_computes_the_weights_anew(f, args, monkeypatch) -> None:
+    """The weights are then read by the gradients alone."""
+    monkeypatch.setattr(attention, "device_kind", lambda: "cuda")
+    case = Case("training", trained(f), args)
+    plan, run, arguments = lowered(case, rewritten=True)
+    assert fused(plan) == ["softmax", "attention", "softmax_gradient"]
+    wide = reference(Case(case.name, case.f, tuple(a if a.dtype == bool else np.asarray(a, np.float32) for a in args)))
+    unfused = lowered(case)
+    for ours, steps, exact in zip(results_of(plan, run(*arguments), case), results_of(unfused[0], unfused[1](*arguments), case), wide, strict=True):
+        error, allowed = (np.linalg.norm(a.astype(np.float32) - exact) for a in (ours, steps))
+        assert error <= 1.2 * allowed + 1e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("device", "dtype", "width"), [("metal", "bfloat16", 8), ("cuda", "float32", 8), ("cuda", "bfloat16", 6), ("cuda", "bfloat16", 136)])
+def test_training_without_a_kernel_keeps_the_weights(device, dtype, width, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "device_kind", lambda: device)
+    args = tuple(jnp.ones((2, 3, 5, width), dtype) for _ in range(3))
+    assert fused(rewrite(plan_of(Case("kept", trained(causal), args)))) == ["softmax", "softmax_gradient"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("f", [flax_attention, jax.nn.dot_product_attention])
+def test_gradients_of_the_weights(f, batch, monkeypatch) -> None:
+    """Batches and groups of one are dimensions that JAX sums over on the way back."""
+    monkeypatch.setattr(attention, "device_kind", lambda: "cuda")
+    args = *(x[:batch] for x in (TQ, TK, TV)), MASK[:batch]
+    masked = (lambda q, k, v, m: f(q, k, v, mask=m)) if f is jax.nn.dot_product_attention else f
+    case = Case("one", trained(masked), args, rtol=1e-4, atol=1e-5)  # gradients of sums of 300 squares
+    prove(case, "softmax", "softmax_gradient", rtol=1e-4, atol=1e-5)
