@@ -38,7 +38,7 @@ class ShardedExecutable:
         module = build.parse(code)
         callbacks = several.link_callbacks(module)
         self.effects = any(c.effects for c in callbacks)
-        self.waits = bool(callbacks) and not self.effects  # as in pjrt/executable.py
+        self.waits = bool(callbacks)  # as in pjrt/executable.py
         self.name = build.module_name(module)
         self.fingerprint = fingerprint
         self.source = source

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_mps.plan.trips import Counter
-from jax_mps.plan.types import Region, Step, TensorType, Value
+from jax_mps.plan.types import Region, Step, TensorType, Value, has_effects
 
 # A loop of a static trip count is unrolled into its segment while trips x body steps stay within this budget.
 UNROLL_BUDGET = 512
@@ -26,7 +26,7 @@ def invariants(body: Region) -> frozenset[int]:
 def find_counter(cond: Region, body: Region, constants: Constants) -> Counter | None:
     """Recognise `i < bound` over a carry that the body increases by a constant (the spec knows no counted loop; JAX emits this)."""
     inside = {**constants, **_constants(cond), **_constants(body)}
-    if len(cond.results) != 1:
+    if len(cond.results) != 1 or any(map(has_effects, cond.steps)):
         return None
     test = _producer(cond, cond.results[0])
     if test is None or test.name != "stablehlo.compare" or not test.operand.is_integer:

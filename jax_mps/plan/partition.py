@@ -14,7 +14,7 @@ from jax_mps.errors import Unsupported
 from jax_mps.plan import conditions, loops, scans
 from jax_mps.plan.boundary import COSTS, Costs, Group, Judge
 from jax_mps.plan.trips import Condition, Counter
-from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value
+from jax_mps.plan.types import DEVICE_DTYPES, Plan, Region, Step, Value, has_effects
 
 log = logging.getLogger(__name__)
 
@@ -126,13 +126,6 @@ def is_device_step(step: Step) -> bool:
         for inner in region.walk():
             values += [*inner.operands, *inner.results]
     return all(v.dtype in DEVICE_DTYPES for v in values)
-
-
-def has_effects(step: Step) -> bool:
-    """Whether the step does something that its results do not show (a callback, or a loop around one)."""
-    if step.attributes.get("has_side_effect"):
-        return True
-    return any(has_effects(s) for region in step.regions for s in region.steps)
 
 
 def live_steps(region: Region) -> list[Step]:

@@ -20,7 +20,7 @@ from jax_mps.plan import build, control, export, loops, segments
 from jax_mps.plan.boundary import COSTS
 from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
-from jax_mps.plan.types import Plan, Step, TensorType, Value
+from jax_mps.plan.types import Step, TensorType, Value, has_effects
 from jax_mps.rewrites import rewrite, whole
 from jax_mps.selftest import files_work
 
@@ -49,7 +49,8 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     files = ExportedFiles()
     block = _Assembler(files, lowerer).block(draft)
     parameters, results = (tuple(v.type for v in values) for values in (plan.arguments, plan.results))
-    program = Program(plan.name, parameters, results, plan.donated, block, _effects(plan), plan.memories, plan.layouts)
+    effects = any(map(has_effects, plan.steps))
+    program = Program(plan.name, parameters, results, plan.donated, block, effects, plan.memories, plan.layouts)
     program.manifest = program.to_manifest()
     return program, files
 
@@ -64,12 +65,6 @@ def target(lowerer: Lowerer) -> Target:
 def claims(step: Step) -> bool:
     """Whether a composite is kept whole: a lowering takes it, attributes included."""
     return has_lowering(step.key) and is_device_step(step) and Lowerer().refusal(step) is None
-
-
-def _effects(plan: Plan) -> bool:
-    from jax_mps.plan.partition import has_effects
-
-    return any(has_effects(s) for s in plan.steps)
 
 
 class _Assembler:

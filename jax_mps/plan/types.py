@@ -117,6 +117,13 @@ class Step:
         return f"({', '.join(str(v.type) for v in self.operands)}) -> {results}"
 
 
+def has_effects(step: Step) -> bool:
+    """Whether the step does something that its results do not show (a callback, or a loop around one)."""
+    if step.attributes.get("has_side_effect"):
+        return True
+    return any(has_effects(s) for region in step.regions for s in region.steps)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A whole program: the entry function's arguments, steps and results; `donated` lists argument positions that may be consumed.

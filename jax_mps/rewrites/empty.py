@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jax_mps.plan.partition import has_effects
-from jax_mps.plan.types import Plan, Region, Step, numpy_dtype
+from jax_mps.plan.types import Plan, Region, Step, has_effects, numpy_dtype
 
 
 def drop_empty(plan: Plan) -> Plan:

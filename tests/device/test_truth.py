@@ -45,23 +45,34 @@ def test_a_chain_on_a_pending_value() -> None:
     np.testing.assert_allclose(np.asarray(z), np.asarray(want), rtol=1e-5, atol=1e-5)
 
 
-def test_an_error_reaches_every_output_and_what_follows() -> None:
-    """A callback with effects that raises: both outputs fail, and so does a program that reads one. (A pure one raises from the call.)"""
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_callback_raises_from_the_call(ordered: bool) -> None:
+    """One with effects, too, and nothing is left for a barrier to tell of."""
 
     def fail(x: np.ndarray) -> np.ndarray:
         raise ValueError("the user's own words")
 
     @jax.jit
     def f(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = io_callback(fail, jax.ShapeDtypeStruct((3,), jnp.float32), x)
+        y = io_callback(fail, jax.ShapeDtypeStruct((3,), jnp.float32), jax.jit(long_loop)(x), ordered=ordered)
         return y + 1, x * 2
 
-    a, b = f(jnp.ones(3))
-    c = a + b
-    for array in (a, b, c):
-        with pytest.raises(Exception, match="the user's own words"):
-            np.asarray(array)
+    with pytest.raises(Exception, match="the user's own words"):
+        f(jnp.eye(3))
+    jax.effects_barrier()
     assert float(jnp.sum(jnp.ones(3))) == 3
+
+
+def test_callbacks_ran_when_the_call_returns() -> None:
+    """What a loop prints stands before what is printed after the call; its condition is asked although the trips could be counted."""
+    seen: list[int] = []
+
+    def noted(i: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda v: seen.append(int(v)), i)
+        return i
+
+    jax.jit(lambda i: lax.while_loop(lambda i: noted(i) < 9, lambda i: noted(i + 100) - 99, i))(jnp.int32(5))
+    assert sorted(seen) == [5, 6, 7, 8, 9, 105, 106, 107, 108]
 
 
 def test_donation_invalidates_and_frees() -> None:
