@@ -149,6 +149,38 @@ def norm_gradient(op: Step) -> Run:
     return run
 
 
+@lowers("jax_mps.channel_norm_gradient")
+def channel_norm_gradient(op: Step) -> Run:
+    """r w (u - mean(u) - c r^2 mean(u c)) and what is added, c = rows - mean: elementwise, one kernel once it is compiled.
+
+    Operands: the rows, u, of each row the mean, r (or 1 / r, where root is -1) and sum(u c) (times factor r^power, and w if weighted), perhaps sum(u),
+    the weights w, and what is added.
+    """
+    shape = op.operand.shape
+    kept = [1 if d in op.axes else n for d, n in enumerate(shape)]
+    size, dtype = math.prod(shape[d] for d in op.axes), MX[op.result.dtype]
+    count = 5 + op.summed + len(op.weights)
+
+    def run(*operands: mx.array) -> mx.array:
+        wide = [v.astype(mx.float32) if v.dtype in (mx.float16, mx.bfloat16) else v for v in operands]
+        x, u, mean, root, product, *more = [v if v.shape == shape else mx.reshape(v, kept) for v in wide[:count]]
+        total = more.pop(0) if op.summed else mx.reshape(sum_of(u, op.axes), kept)
+        r = root if op.root == 1 else 1 / root
+        scale = r
+        for weight, power in zip(more, op.weights, strict=True):  # not scale * weight: merged with the forward pass's, it would be a kernel of its own
+            scale = (weight if power == 1 else weight**power) * scale
+        slope = product * (1 / (op.factor * size))
+        for _ in range(abs(2 - op.power)):
+            slope = slope * r if op.power < 2 else slope / r
+        if op.clamped:  # a variance that rounding made less than 0 had no gradient
+            slope = mx.where(r * r * op.eps < 1 - 1e-6, slope, mx.zeros_like(slope))
+        free, c = u - total * (1 / size), x - mean
+        y = free * scale - c * (slope * r) if op.weighted else (free - c * slope) * scale
+        return sum(wide[count : count + op.added], start=y).astype(dtype)
+
+    return run
+
+
 def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:
     """MLX's own kernel: gradients of the rows, and of the scale if there is one."""
 

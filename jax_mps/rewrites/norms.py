@@ -8,6 +8,7 @@ of a gradient. The cotangents of other readers of the rows may be added before t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,17 +24,30 @@ ROOTS = frozenset(["stablehlo.rsqrt", "stablehlo.sqrt"])
 _C: Monomial = (("C", 1),)
 _NORMALISED: Monomial = (("C", 1), ("R", 1))
 _SQUARE: Polynomial = {(("R", -2),): 1.0}  # mean(C^2) + eps
+_LONGEST = 1 << 19  # elements of a row: of longer ones, n and n - 1 are too close to tell apart
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A value that is a sum times factor R^power weights."""
+
+    value: Value
+    factor: float
+    power: int
+    weights: Monomial
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows that are normalised, and what each value made of them is. symbols: the arrays that the names of other operands stand for.
+    """Rows that are normalised, and what each value made of them is. axes: a row's dimensions. symbols: the arrays that the names of other operands
+    stand for. parts: by the symbol of whole rows, the values that are it times a power of R and weights.
 
     truths: of comparisons with a variance that was kept from below 0; clamped: these variances. scales: the steps that sum up
     C R g over all rows, by g.
     """
 
     x: Value
+    axes: tuple[int, ...]
     centred: bool
     eps: float
     known: dict[Value, Polynomial] = field(default_factory=dict)
@@ -41,10 +55,20 @@ class _Rows:
     truths: dict[Value, bool] = field(default_factory=dict)
     clamped: set[Value] = field(default_factory=set)
     scales: dict[Value, Step] = field(default_factory=dict)
+    parts: dict[str, list[_Part]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        return self.x.shape[-1]
+        return math.prod(self.x.shape[d] for d in self.axes)
+
+    @property
+    def kept(self) -> list[int]:
+        """The dimensions along which there is a row after the other."""
+        return [d for d in range(self.x.type.rank) if d not in self.axes]
+
+    @property
+    def is_last(self) -> bool:
+        return self.axes == (self.x.type.rank - 1,)
 
     def polynomial(self, value: Value, scope: Scope) -> Polynomial | None:
         """What a value is; an array of the rows' shape that is not made of them is a symbol."""
@@ -53,19 +77,31 @@ class _Rows:
         constant = splat(value, scope)
         if constant is not None:
             return {(): float(constant)} if value.type.is_floating and constant else {} if value.type.is_floating else None
-        if value.shape != self.x.shape or not value.type.is_floating:
+        if not value.type.is_floating:
             return None
-        return self.symbol(value, scope)
+        if value.shape == self.x.shape:
+            return self.symbol(value, scope)
+        return self.weight(value, list(range(value.type.rank)), scope) if _is_one_a_row(value.shape, self) else None
 
     def opaque(self, value: Value, polynomial: Polynomial, scope: Scope) -> Polynomial:
         """A symbol for an array that is known, unless it has one number for each row or in all."""
         return self.symbol(value, scope) if any(is_of_elements(s) for term in polynomial for s, _ in term) else polynomial
 
     def symbol(self, value: Value, scope: Scope) -> Polynomial:
-        vector = _vector(value, scope)
+        source, dims = origin(value, scope)
+        if source is not value and not any(dims[d] is not None for d in self.axes) and any(d is not None for d in dims):
+            return self.weight(value, _long(self.x.shape), scope)
+        vector = _vector(value, scope) if self.is_last else None
         named = _wide_origin(value, scope) if vector is None else vector
         name = f"{'u' if vector is None else 'v'}{named.number}"
         self.symbols[name] = named
+        return {((name, 1),): 1.0}
+
+    def weight(self, value: Value, dims: list[int], scope: Scope) -> Polynomial:
+        """A symbol for an array with one number for each row, whatever spreads it."""
+        source, at = origin(value, scope)
+        name = f"w{source.number}:{[at[d] for d in dims if at[d] is not None]}"
+        self.symbols.setdefault(name, value)
         return {((name, 1),): 1.0}
 
 
@@ -73,7 +109,7 @@ def norms(steps: Sequence[Step], scope: Scope) -> list[Step]:
     """One step for each norm, with as much of scale and bias as nobody else reads without: operands rows, scale, bias."""
     found: list[Step] = []
     inside: set[Step] = set()
-    for step, rows in reversed([(step, rows) for step, rows in _readings(steps, scope) if step.result.shape == rows.x.shape]):
+    for step, rows in reversed([(step, rows) for step, rows in _readings(steps, scope) if step.result.shape == rows.x.shape and rows.is_last]):
         affine = None if step in inside else _affine(rows.known[step.results[0]], rows)
         if affine is None:
             continue
@@ -106,9 +142,12 @@ def norm_gradients(steps: Sequence[Step], scope: Scope) -> list[Step]:
     """One step for each norm whose rows' gradient is computed here: operands rows, cotangent, scale if any, what is added; results the gradient of
     the rows, and that of the scale if it is computed too."""
     place = {v: i for i, step in enumerate(steps) for v in step.results}
+    sums = {(s.operands[0], tuple(sorted(s.dimensions))): s for s in steps if s.name == "stablehlo.reduce"}
     found: list[Step] = []
     for step, rows in _readings(steps, scope):
-        gradient = _gradient(step, rows, scope, place) if step.name == "stablehlo.add" else None
+        gradient = None
+        if step.name == "stablehlo.add" and step.result.shape == rows.x.shape:
+            gradient = _gradient(step, rows, scope, place) if rows.is_last else _channel_gradient(step, rows, scope, place, sums)
         if gradient is not None:
             found.append(gradient)
             del rows.known[step.results[0]]  # to others it is any array
@@ -141,25 +180,26 @@ def _normalised_rows(steps: Sequence[Step], scope: Scope) -> Iterator[_Rows]:
         for spread, constant in (total.operands, total.operands[::-1]) if total else ():
             eps = splat(constant, scope)
             if isinstance(eps, float) and eps > 0 and (squared := _squared(spread, scope)):
-                value, centred = squared
+                value, centred, axes = squared
                 difference = scope.maker(value, "stablehlo.subtract")
                 if not centred and difference is not None and splat(difference.operands[1], scope) is None:
                     value, centred = difference.operands[0], True
                 x = _wide_origin(value, scope)
-                if x.type.is_floating and x.shape and x.shape[-1] > 1:
+                if x.type.is_floating and len(axes) <= x.type.rank and 1 < math.prod(x.shape[d] for d in axes if d < x.type.rank) < _LONGEST:
                     one: Polynomial = {_C: 1.0, (("M", 1),): 1.0} if centred else {_C: 1.0}
-                    yield _Rows(x, centred, eps, {x: one})
+                    yield _Rows(x, axes, centred, eps, {x: one})
 
 
-def _squared(spread: Value, scope: Scope) -> tuple[Value, bool] | None:
-    """v, where the spread is the mean of v^2; True if something is subtracted from that."""
-    centred = False
+def _squared(spread: Value, scope: Scope) -> tuple[Value, bool, tuple[int, ...]] | None:
+    """v, where the spread is the mean of v^2; True if something is subtracted from that; along which dimensions."""
+    centred, axes = False, ()
     while (step := scope.producers.get(spread)) is not None:
         if step.name in ("stablehlo.multiply", "chlo.square"):
-            return (step.operands[0], centred) if step.operands[0] is step.operands[-1] else None
+            return (step.operands[0], centred, axes) if step.operands[0] is step.operands[-1] and axes else None
         if step.name not in _PASSED:
             return None
         centred = centred or step.name == "stablehlo.subtract"
+        axes = tuple(sorted(step.dimensions)) if step.name == "stablehlo.reduce" and not axes else axes
         bounded = step.name == "stablehlo.maximum" and splat(step.operands[0], scope) == 0.0
         spread = step.operands[1 if bounded or step.name == "stablehlo.select" else 0]
     return None
@@ -203,7 +243,23 @@ def _read(step: Step, rows: _Rows, scope: Scope) -> bool:
     polynomial = reader(step, rows, scope) if reader and result.type.is_floating else None
     if polynomial is not None:
         rows.known[result] = polynomial
+        if len(polynomial) == 1:
+            _note_part(result, polynomial, rows)
     return polynomial is not None
+
+
+def _note_part(value: Value, polynomial: Polynomial, rows: _Rows) -> None:
+    """Whether a value is the mean or a sum of a row, perhaps scaled, or its root or the reciprocal of that."""
+    ((term, factor),) = polynomial.items()
+    sums = [part for part in term if part[0][0] in "MS"]
+    power = sum(power for symbol, power in term if symbol == "R")
+    if len(sums) + len([part for part in term if part[0][0] in "Rw"]) != len(term) or not _is_one_a_row(value.shape, rows):
+        return
+    weights = tuple(part for part in term if part[0][0] == "w")
+    if [power for _, power in sums] == [1]:
+        rows.parts.setdefault(sums[0][0], []).append(_Part(value, factor, power, weights))
+    elif term in ((("R", 1),), (("R", -1),)) and abs(factor - 1) < CLOSE:
+        rows.parts.setdefault("R", []).append(_Part(value, 1.0, power, ()))
 
 
 def _sum_of_two(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
@@ -240,7 +296,7 @@ def _same(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
         return None
     if step.name == "stablehlo.broadcast_in_dim":
         places = [step.broadcast_dimensions[d] for d in _long(source.shape)]
-        if places != (_long(rows.x.shape[:-1]) if result.shape == rows.x.shape else _long(result.shape)):
+        if places != ([d for d in rows.kept if rows.x.shape[d] != 1] if result.shape == rows.x.shape else _long(result.shape)):
             return None
     elif step.name == "stablehlo.reshape" and result.shape == rows.x.shape:
         return None
@@ -252,21 +308,22 @@ def _long(shape: tuple[int, ...]) -> list[int]:
 
 
 def _is_one_a_row(shape: tuple[int, ...], rows: _Rows) -> bool:
-    return [s for s in shape if s != 1] == [s for s in rows.x.shape[:-1] if s != 1]
+    return [s for s in shape if s != 1] == [rows.x.shape[d] for d in rows.kept if rows.x.shape[d] != 1]
 
 
 def _reduction(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
     """A sum along the rows, or along dimensions of size 1; sums over all rows are noted."""
     source = step.operands[0]
-    if folds(step.regions[0]) != ("add",) or splat(step.operands[1], scope) != 0.0 or source not in rows.known:
+    if not _is_sum(step, scope) or source not in rows.known:
         return None
     summed = [d for d in _long(source.shape) if d in step.dimensions]
-    if source.shape == rows.x.shape and summed == _long(rows.x.shape[:-1]) and step.dimensions:
+    if rows.is_last and source.shape == rows.x.shape and summed == _long(rows.x.shape[:-1]) and step.dimensions:
         _note_scale(step, rows.known[source], rows)
     if not summed:
         return rows.known[source] if _is_one_a_row(source.shape, rows) else None
-    last = [rows.x.type.rank - 1]
-    return row_sum(rows.known[source], rows.size, rows.eps, centred=rows.centred) if source.shape == rows.x.shape and summed == last else None
+    if source.shape != rows.x.shape or summed != [d for d in rows.axes if source.shape[d] != 1]:
+        return None
+    return row_sum(rows.known[source], rows.size, rows.eps, centred=rows.centred)
 
 
 def _note_scale(step: Step, polynomial: Polynomial, rows: _Rows) -> None:
@@ -335,12 +392,12 @@ _READERS = {
 
 def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int]) -> Step | None:
     """The step that computes `step`'s result, if that is the gradient of the rows; and the gradient of the scale, if all is there by then."""
-    matched = _matched(rows.known[step.results[0]], rows) if step.result.shape == rows.x.shape else None
-    g, scale = _factors(matched[0], rows, scope) if matched else (None, None)
+    matched = _matched(rows.known[step.results[0]], rows)
+    g, scale = _factors(matched[0], rows, scope) if matched and not matched[1] else (None, None)
     if matched is None or g is None:
         return None
-    operands = [rows.x, g, *([] if scale is None else [scale]), *matched[1]]
-    given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[1])}
+    operands = [rows.x, g, *([] if scale is None else [scale]), *matched[2]]
+    given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[2])}
     whole = fuse("jax_mps.norm_gradient", step, operands, scope, given, shared=True)
     summed = rows.scales.get(g) if scale is not None else None
     other = summed and fuse("jax_mps.norm_gradient", summed, [rows.x, g], scope, shared=True)
@@ -364,19 +421,53 @@ def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Valu
     return next((pair for pair in found if pair[0] in rows.scales), found[0] if found else (arrays[0], None))
 
 
-def _matched(polynomial: Polynomial, rows: _Rows) -> tuple[Monomial, list[Value]] | None:
-    """u, of the gradient of the rows R u - R mean(u) - C R^3 mean(C u) (without the second term where the mean is left alone), and the arrays
-    that are added to it."""
+def _channel_gradient(
+    step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int], sums: Mapping[tuple[Value, tuple[int, ...]], Step]
+) -> Step | None:
+    """Of batch norm and others not along the last dimension alone, from the sums that the gradients of scale and bias are: one pass over the rows.
+
+    sums: reductions, by what they reduce and along which dimensions.
+    """
+    matched = _matched(rows.known[step.results[0]], rows)
+    if matched is None or len(matched[0]) != 1 or matched[0][0][1] != 1 or not rows.centred:
+        return None
+    u, weights, added = matched
+    array = rows.symbols[u[0][0]]
+    root = next(iter(rows.parts.get("R", ())), None)
+    mean = next((p for p in rows.parts.get("M", ()) if not p.power and not p.weights and abs(p.factor - 1) < CLOSE), None)
+    product = next((p for p in rows.parts.get(sum_symbol(monomial((*_C, *u))), ()) if p.weights in ((), weights)), None)
+    if root is None or mean is None or product is None:
+        return None
+    known = [mean.value, root.value, product.value]
+    total = sums.get((array, rows.axes))
+    if total is not None and (not _is_sum(total, scope) or place[total.results[0]] > place[step.results[0]]):
+        total = None
+    operands = [rows.x, array, *known, *(total.results if total else ()), *(rows.symbols[s] for s, _ in weights), *added]
+    given = {
+        "axes": rows.axes, "eps": rows.eps, "clamped": bool(rows.clamped), "summed": total is not None, "weights": tuple(p for _, p in weights),
+        "root": root.power, "factor": product.factor, "power": product.power, "weighted": bool(product.weights), "added": len(added),
+    }  # fmt: skip
+    return fuse("jax_mps.channel_norm_gradient", step, operands, scope, given, shared=True)
+
+
+def _is_sum(step: Step, scope: Scope) -> bool:
+    return folds(step.regions[0]) == ("add",) and splat(step.operands[1], scope) == 0.0
+
+
+def _matched(polynomial: Polynomial, rows: _Rows) -> tuple[Monomial, Monomial, list[Value]] | None:
+    """u and w, of the gradient of the rows w (R u - R mean(u) - C R^3 mean(C u)) (without the second term where the mean is left alone), and the
+    arrays that are added to it."""
     if not any(("R", 3) in term for term in polynomial):
         return None
-    starts = [t for t in polynomial if ("R", 1) in t and all(s == "R" or (is_of_elements(s) and s != "C") for s, _ in t)]
+    starts = [t for t in polynomial if ("R", 1) in t and all(s == "R" or s[0] in "uvw" for s, _ in t) and any(s[0] in "uv" for s, _ in t)]
     if len(starts) != 1:
         return None
-    u = tuple((s, p) for s, p in starts[0] if s != "R")
-    wanted: Polynomial = {starts[0]: 1.0, monomial([*_C, ("R", 3), (sum_symbol(monomial((*_C, *u))), 1)]): -1.0 / rows.size}
+    u = tuple((s, p) for s, p in starts[0] if s[0] in "uv")
+    weights = tuple((s, p) for s, p in starts[0] if s[0] == "w")
+    wanted: Polynomial = {starts[0]: 1.0, monomial([*weights, *_C, ("R", 3), (sum_symbol(monomial((*_C, *u))), 1)]): -1.0 / rows.size}
     if rows.centred:
-        wanted[monomial([("R", 1), (sum_symbol(u), 1)])] = -1.0 / rows.size
+        wanted[monomial([*weights, ("R", 1), (sum_symbol(u), 1)])] = -1.0 / rows.size
     rest = add(polynomial, wanted, -1.0)
     if any(len(t) != 1 or t[0][1] != 1 or t[0][0][0] not in "uv" or abs(factor - 1) > CLOSE for t, factor in rest.items()):
         return None
-    return u, [rows.symbols[t[0][0]] for t in rest]
+    return u, weights, [rows.symbols[t[0][0]] for t in rest]
