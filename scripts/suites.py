@@ -159,6 +159,33 @@ def jax_lines(args: argparse.Namespace) -> Iterator[str]:
             "```",
             "",
         )
+        if name == "jax-device":
+            yield from (apart(args.out / name, catalog), "")
+
+
+# What a test's first refused step was.
+HOSTED = {
+    "several": re.compile(r"a program for \w+ devices runs on the host"),
+    "algebra": LINEAR_ALGEBRA,
+    "types": re.compile(r"MLX has no \w"),
+}
+
+
+def apart(folder: Path, catalog: Path) -> str:
+    """Of the tests that pass on cpu, how many pass without the host, and what the others need it for."""
+    cpu = json.loads(catalog.read_text())["tests"] if catalog.exists() else {}
+    counts: Counter[str] = Counter()
+    for path in sorted((folder / "files").glob("*.json")):
+        for name, test in json.loads(path.read_text()).get("tests", {}).items():
+            if test["o"] != "skipped" and cpu.get(name, ["passed"])[0] == "passed":
+                said = test.get("msg", "") if test["o"] != "passed" else ""
+                counts[next((kind for kind, words in HOSTED.items() if words.search(said)), "failed" if said else "passed")] += 1
+    own = counts["passed"] + counts["failed"]
+    return (
+        f"Of those that pass on cpu, {counts['algebra']} need the host for linear algebra (LAPACK, on every device), {counts['types']} for an "
+        f"element type that MLX lacks, {counts['several']} because they are programs for several devices. Of the others, "
+        f"**{counts['passed']} of {own}** ({100 * counts['passed'] / max(own, 1):.2f} %) pass without it."
+    )
 
 
 def is_complete(folder: Path) -> bool:
