@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: made by scripts/suites.py -->", "<!-- end of figures -->"
 PACKAGES = ("jax", "jaxlib", "mlx", "numpy", "scipy")
 # Linear algebra goes to LAPACK on every device, by design.
-LINEAR_ALGEBRA = re.compile(r"triangular_solve|cholesky|custom_call:(lapack_|Qr|ProductOfElementary)")
+LINEAR_ALGEBRA = re.compile(r"triangular_solve|cholesky|custom_call:(lapack_|Qr|ProductOfElementary|tridiagonal)")
 REFUSED = re.compile(r"UNIMPLEMENTED: ([\w.:]+)(?: at \S+)?: (.*?); JAX_MPS_HOST=error")
 
 
