@@ -1,4 +1,5 @@
 /* PJRT_Buffer: JAX's handle on a cell, with the static shape that answers for it. */
+#include <dlfcn.h>
 #include <stdio.h>
 
 #include "bridge.h"
@@ -545,38 +546,64 @@ static PJRT_Error* host_strides(const PJRT_Buffer_MemoryLayout* layout, const PJ
   return error;
 }
 
-/* Most of a long copy is page faults, of fresh host memory and of what comes from a GPU: they go side by side. */
+/* Most of a long copy is page faults of fresh host memory: they go side by side. */
 typedef struct {
   char* to;
-  const char* from;
+  const char* from; /* NULL: no copy yet, only the faults */
   size_t size;
 } Piece;
 
 static void* copy_piece(void* piece) {
   Piece* p = piece;
-  memcpy(p->to, p->from, p->size);
+  if (p->from) memcpy(p->to, p->from, p->size);
+  for (size_t at = 0; !p->from && at < p->size; at += 4096) *(volatile char*)(p->to + at) = 0;
   return NULL;
 }
 
-static void copy_long(char* to, const char* from, size_t size) {
+static void in_pieces(char* to, const char* from, size_t size) {
   pthread_t threads[3];
-  Piece pieces[COUNT_OF(threads)];
+  Piece pieces[COUNT_OF(threads) + 1];
   size_t started = 0, share = size < (size_t)16 << 20 ? 0 : (size / (COUNT_OF(threads) + 1)) & ~(size_t)4095;
   for (size_t at = 0; share && started < COUNT_OF(threads); started++, at += share) {
-    pieces[started] = (Piece){to + at, from + at, share};
+    pieces[started] = (Piece){to + at, from ? from + at : NULL, share};
     if (pthread_create(&threads[started], NULL, copy_piece, &pieces[started]) != 0) break;
   }
-  memcpy(to + started * share, from + started * share, size - started * share);
+  size_t done = started * share;
+  pieces[started] = (Piece){to + done, from ? from + done : NULL, size - done};
+  copy_piece(&pieces[started]);
   for (size_t i = 0; i < started; i++) pthread_join(threads[i], NULL);
 }
 
+typedef int (*DeviceCopy)(void* to, unsigned long long from, size_t size);
+
+/* CUDA's own copy, where libcuda is there. Managed memory that the processor reads moves to the host page by page, and back when a kernel
+ * gets it next. */
+static DeviceCopy device_copy(void) {
+  static DeviceCopy copy;
+  static atomic_bool known;
+  if (!atomic_load(&known)) {
+    void* library = laziness.view_in_place ? NULL : dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (library) *(void**)&copy = dlsym(library, "cuMemcpyDtoH_v2");
+    atomic_store(&known, true);
+  }
+  return copy;
+}
+
+/* on_device: MLX's memory. It fails on a thread that has never worked for MLX, and so without a CUDA context. */
+static void copy_long(char* to, const char* from, size_t size, bool on_device) {
+  DeviceCopy copy = on_device ? device_copy() : NULL;
+  if (copy && size >= (size_t)16 << 20) in_pieces(to, NULL, size);
+  if (!copy || copy(to, (uintptr_t)from, size) != 0) in_pieces(to, from, size);
+}
+
 /* GIL held, and dropped for long copies. The cell, and with it the view, is the caller's. */
-static void copy_out(char* to, const int64_t* strides, const char* from, const PJRT_Buffer* buffer, int64_t* scratch) {
+static void copy_out(char* to, const int64_t* strides, const char* from, const PJRT_Buffer* buffer, int64_t* scratch,
+                     bool on_device) {
   size_t item = size_of(buffer->type);
   if (buffer->nbytes == 0) return;
   PyThreadState* thread = buffer->nbytes >= 1 << 20 ? PyEval_SaveThread() : NULL;
   if (!strides || is_row_major(strides, buffer->dims, buffer->ndim, item)) {
-    copy_long(to, from, buffer->nbytes);
+    copy_long(to, from, buffer->nbytes, on_device);
   } else {
     row_major(scratch, buffer->dims, buffer->ndim, item);
     copy_strided(to, strides, from, scratch, buffer->dims, buffer->ndim, item);
@@ -604,7 +631,7 @@ PJRT_Error* Buffer_ToHostBuffer(PJRT_Buffer_ToHostBuffer_Args* args) {
     const Py_buffer* view;
     PyGILState_STATE gil = PyGILState_Ensure();
     error = cell_view(cell, buffer->nbytes, &view);
-    if (!error) copy_out(args->dst, strides, view->buf, buffer, scratch);
+    if (!error) copy_out(args->dst, strides, view->buf, buffer, scratch, cell->state == READY);
     PyGILState_Release(gil);
     cell_release(cell);
   }

@@ -3,7 +3,7 @@
 
 #include "shim.h"
 
-Laziness laziness = {.eager_cost = INT64_MAX, .lazy_limit = 64, .lazy_bytes = INT64_MAX};
+Laziness laziness = {.eager_cost = INT64_MAX, .lazy_limit = 64, .lazy_bytes = INT64_MAX, .lazy_cost = INT64_MAX};
 
 /* ---- named values ---- */
 static char* copy_text(const char* text, size_t size) {
@@ -220,6 +220,8 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!int_at(dict, "eager_cost", &wanted.eager_cost)) return "eager_cost";
   if (!int_at(dict, "lazy_limit", &wanted.lazy_limit)) return "lazy_limit";
   if (!int_at(dict, "lazy_bytes", &wanted.lazy_bytes)) return "lazy_bytes";
+  if (!int_at(dict, "lazy_cost", &wanted.lazy_cost)) return "lazy_cost";
+  if (!int_at(dict, "short_cost", &wanted.short_cost)) return "short_cost";
   wanted.view_in_place = client->is_on_cpu;
   static const char* const names[] = {"evaluate_now", "start", "synchronize", "scope", "sentinel"};
   PyObject** const means[] = {&wanted.evaluate_now, &wanted.start, &wanted.synchronize, &wanted.scope, &wanted.sentinel};

@@ -7,7 +7,7 @@ static atomic_llong dispatched, finished_cost; /* ever; of batches that are over
 
 void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&dispatched, cost, memory_order_relaxed); }
 
-static bool is_short(void) { return atomic_load(&dispatched) - atomic_load(&finished_cost) < 8 * laziness.eager_cost; }
+static bool is_short(void) { return atomic_load(&dispatched) - atomic_load(&finished_cost) < laziness.short_cost; }
 
 bool evaluates_at_once(void) { return laziness.evaluate_now && !laziness.sentinel && is_short(); }
 

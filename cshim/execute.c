@@ -2,7 +2,7 @@
 #include "shim.h"
 
 atomic_llong execute_count;
-static int64_t lazy_count, lazy_bytes; /* executions, and the bytes they would make, since the last schedule; GIL */
+static int64_t lazy_count, lazy_bytes, lazy_cost; /* executions, and what they would make and cost, since the last schedule; GIL */
 
 /* ---- running a direct executable: GIL held ---- */
 static PJRT_Error* prepare(PJRT_Executable* executable) { /* locked */
@@ -100,10 +100,12 @@ static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
   for (size_t i = 0; i < count; i++)
     if (executable->output_states[i] == LAZY) bytes += executable->outputs.items[i].nbytes;
   lazy_bytes += (int64_t)bytes;
+  lazy_cost += executable->cost;
   lazy_count++;
   evaluation_started(executable->cost);
-  if (executable->cost < laziness.eager_cost && lazy_count < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes) return;
-  lazy_count = lazy_bytes = 0;
+  bool few = lazy_count < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes && lazy_cost <= laziness.lazy_cost;
+  if (executable->cost < laziness.eager_cost && few) return;
+  lazy_count = lazy_bytes = lazy_cost = 0;
   /* On CPU, two threads that pass each other tiny ops cost more than one that does them all. */
   bool here = !laziness.sentinel && executable->cost < laziness.eager_cost;
   PJRT_Error* error = laziness.evaluate_now ? evaluate_lazy(here) : ask_to_schedule(executable, outputs);
@@ -322,7 +324,7 @@ void job_run(Job* job) {
     error = run_direct(executable, job->inputs, job->input_count, &results);
   } else if (!error) {
     PyObject* list = argument_list(job);
-    evaluation_started(laziness.eager_cost < INT64_MAX / 64 ? 16 * laziness.eager_cost : 0);
+    evaluation_started(2 * laziness.short_cost); /* a loop may be in it */
     results = list ? hook_call(HOOK_execute, Py_BuildValue("(ON)", executable->object, list)) : NULL;
     error = results ? check_results(results, executable->outputs.count, "execute", executable->name)
                     : error_from_python(executable->name);

@@ -176,6 +176,7 @@ struct PJRT_Client {
 };
 typedef struct {
   int64_t eager_cost, lazy_limit, lazy_bytes;
+  int64_t lazy_cost, short_cost; /* of executions together: started at once; waited for under the lock */
   bool view_in_place;
   PyObject *evaluate_now, *start, *synchronize; /* all or none */
   PyObject *scope, *sentinel;                   /* on a GPU */

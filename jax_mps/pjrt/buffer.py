@@ -32,7 +32,7 @@ def from_host(view: memoryview, dtype: int, dims: tuple[int, ...]) -> tuple[Any,
         return _aligned_copy(array), HOST
     runtime.require_memory(array.nbytes)
     with runtime.locked():
-        return mx_array(array, name), LAZY if name == "bfloat16" or runtime.device_kind() != "cpu" else READY
+        return mx_array(array, name), LAZY if name == "bfloat16" or runtime.device_kind() == "metal" else READY
 
 
 _XLA_ALIGNMENT = 64  # XLA on CPU reads memory in place where it starts at a multiple of this, and copies it at each run elsewhere

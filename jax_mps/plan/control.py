@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,16 @@ def read_number(value: Any, *, started: bool = False) -> Any:
         lib.shim_unlock()
 
 
+def read_numbers(values: Sequence[Any]) -> list[Any]:
+    """0-d values that were started, as Python has them, waiting for them."""
+    runtime.wait()
+    lib.shim_lock()
+    try:
+        return [v.item() for v in values]
+    finally:
+        lib.shim_unlock()
+
+
 # Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
 # one evaluation works on, and what is put together meanwhile.
 _EVALUATE_OPS = 640
@@ -47,7 +57,8 @@ class Loop(Segment):
     """A `while`: the carry first, then what condition and body capture.
 
     With a counter, the trip count is computed from the carry and the predicate is never read; `chunk` runs `chunk_length` iterations at
-    once. Without, `fused` gives the next carry and predicate together where the body is one device segment.
+    once. Without, `fused` gives the next carry and predicate together where the body is one device segment, and `chunk` the predicates of so
+    many iterations.
     """
 
     carry: int
@@ -106,13 +117,17 @@ class Loop(Segment):
         values.clear()
         seen = lib.shim_interrupts()
         going = read_scalar(self.cond.run(carry + captures)[0])
+        trips = 0
         while going:
+            if self.counter is None and self.chunk is not None and trips >= self.chunk_length:
+                return Ahead(self.chunk, self.chunk_length, self.body, captures, seen).run(carry, lambda trip, predicates: predicates[0])[0]
             if self.fused is not None:
                 *carry, predicate = self.fused.run(carry + captures)
             else:
                 carry = self.body.run(carry + captures)
                 predicate = self.cond.run(carry + captures)[0]
             settle([*carry, predicate], seen)
+            trips += 1
             going = read_scalar(predicate)
         return carry
 
@@ -139,10 +154,50 @@ class Loop(Segment):
         return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Iterations that run before it is known whether the one before them was the last. `chunk` runs `length` of them and returns the carry,
+    then what tells of the end, iteration by iteration; on a GPU, the next chunk is started before this is read. Nobody sees what ran beyond the
+    end: the body has no effects, and the last iterations are run again, from where their chunk began.
+    """
+
+    chunk: Block
+    length: int
+    body: Block
+    captures: list[Any]
+    seen: int
+
+    def run(self, carry: list[Any], goes_on: Callable[[int, list[Any]], bool]) -> tuple[list[Any], int]:
+        """From a carry that goes on to the last one, and how many iterations that took; goes_on(trips, told) is asked after each of them."""
+        early, trips = runtime.device_kind() != "cpu", 0
+        after, told = self.start(carry)
+        while True:
+            following = self.start(after) if early else None
+            numbers = read_numbers(told)
+            each = len(numbers) // self.length
+            for trip in range(self.length):
+                if not goes_on(trips + trip + 1, numbers[trip * each : (trip + 1) * each]):
+                    return (after if trip + 1 == self.length else self.again(carry, trip + 1)), trips + trip + 1
+            trips += self.length
+            carry, (after, told) = after, following or self.start(after)
+
+    def start(self, carry: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = self.chunk.run(carry + self.captures)
+        settle(results, self.seen)
+        return results[: len(carry)], results[len(carry) :]
+
+    def again(self, carry: list[Any], trips: int) -> list[Any]:
+        for _ in range(trips):
+            carry = self.body.run(carry + self.captures)
+        settle(carry, self.seen)
+        return carry
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Until(Segment):
     """A `while` whose condition the host answers from a few scalars. It reads the carries that the body keeps, those that only count
-    (`counters`: position, step), which the body never sees, and captures; it writes all carries.
+    (`counters`: position, step), which the body never sees, and captures; it writes all carries. `chunk`, if there is one, runs `chunk_length`
+    iterations, and returns what the condition reads after each, too.
     """
 
     kept: tuple[int, ...]
@@ -150,6 +205,8 @@ class Until(Segment):
     kinds: tuple[str, ...]  # of all carries
     condition: Condition
     body: Block
+    chunk: Block | None
+    chunk_length: int
 
     def run(self, values: list[Any]) -> Sequence[Any]:
         kept, counted = len(self.kept), len(self.kept) + len(self.counters)
@@ -160,16 +217,26 @@ class Until(Segment):
         outside = {i: read_number(captures[i]) for i in self.condition.captures()}
         seen = lib.shim_interrupts()
         lib.shim_watch_interrupts(1)
-        trips, started = 0, False
+        trips = 0
+
+        def goes_on(trips: int, numbers: Sequence[Any]) -> bool:
+            known = {p: number for (p, _), number in zip(places, numbers, strict=True)}
+            known |= {p: _wrapped(start + trips * step, self.kinds[p]) for p, step, start in counting}
+            return self.condition.holds(known, outside)
+
         try:
-            while True:
-                known = {p: read_number(carry[i], started=started) for p, i in places}
-                known |= {p: _wrapped(start + trips * step, self.kinds[p]) for p, step, start in counting}
-                if not self.condition.holds(known, outside):
+            numbers = [read_number(carry[i]) for _, i in places]
+            while goes_on(trips, numbers):
+                if self.chunk is not None and trips >= self.chunk_length:
+                    before = trips
+                    ahead = Ahead(self.chunk, self.chunk_length, self.body, captures, seen)
+                    carry, more = ahead.run(carry, lambda trip, told: goes_on(before + trip, told))
+                    trips = before + more
                     break
                 carry = self.body.run(carry + captures)
                 settle(carry, seen)
-                trips, started = trips + 1, True
+                trips += 1
+                numbers = [read_number(carry[i], started=True) for _, i in places]
         finally:
             lib.shim_watch_interrupts(0)
         results = dict(zip(self.kept, carry, strict=True))
@@ -180,21 +247,25 @@ class Until(Segment):
         return [results[i] for i in range(len(results))]
 
     def walk(self) -> Sequence[Segment]:
-        return [self, *self.body.walk()]
+        return [self, *(s for b in (self.body, self.chunk) if b is not None for s in b.walk())]
 
     def bind(self, markers: Mapping[str, str]) -> Until:
-        return replace(self, body=self.body.bind(markers))
+        body, chunk = (b and b.bind(markers) for b in (self.body, self.chunk))
+        return replace(self, body=body, chunk=chunk)
 
     def to_manifest(self) -> Manifest:
         fields = {"kept": list(self.kept), "counters": [list(c) for c in self.counters], "types": list(self.kinds)}
-        return {"kind": "until", "body": self.body.to_manifest(), **fields, "condition": [list(t) for t in self.condition.terms]}
+        blocks = {n: b and b.to_manifest() for n, b in (("body", self.body), ("chunk", self.chunk))}
+        return {"kind": "until", **blocks, **fields, "condition": [list(t) for t in self.condition.terms], "chunk_length": self.chunk_length}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Until:
         counters = tuple((int(p), int(s)) for p, s in manifest["counters"])
         condition = Condition(tuple(tuple(t) for t in manifest["condition"]))
         kept = tuple(int(i) for i in manifest["kept"])
-        return cls(kept, counters, tuple(map(str, manifest["types"])), condition, Block.from_manifest(manifest["body"], files))
+        kinds, length = tuple(map(str, manifest["types"])), int(manifest["chunk_length"])
+        chunk = manifest["chunk"] and Block.from_manifest(manifest["chunk"], files)
+        return cls(kept, counters, kinds, condition, Block.from_manifest(manifest["body"], files), chunk, length)
 
 
 def _wrapped(value: int, kind: str) -> int:

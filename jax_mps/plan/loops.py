@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,10 @@ from jax_mps.plan.types import Region, Step, TensorType, Value, has_effects
 UNROLL_BUDGET = 512
 # ... and a longer one has this many steps in each chunk of iterations that is exported as one function.
 CHUNK_BUDGET = 96
+# A loop that only its values end runs up to so many iterations, of so many steps together, before it looks at them, if what an iteration
+# computes (elements) and carries (bytes) is less than this: the last ones are then for nothing.
+FORETOLD_LENGTH, FORETOLD_STEPS = 8, 256
+FORETOLD_COST, FORETOLD_BYTES = 1 << 14, 1 << 18
 
 Constants = Mapping[Value, np.ndarray]
 
@@ -231,6 +235,37 @@ def repeated(body: Region, times: int) -> Region:
     for _ in range(times):
         carry = inline(body, carry, steps)
     return Region(arguments, tuple(steps), carry)
+
+
+def foretold(body: Region, times: int) -> Region:
+    """The body `times` times, of which the first results are the next carry: the last carry, then what else each iteration returns."""
+    arguments = tuple(Value(v.type) for v in body.arguments)
+    steps: list[Step] = []
+    carry: tuple[Value, ...] = arguments
+    others: tuple[Value, ...] = ()
+    for _ in range(times):
+        results = inline(body, carry, steps)
+        carry = results[: len(arguments)]
+        others += results[len(arguments) :]
+    return Region(arguments, tuple(steps), carry + others)
+
+
+def foretold_length(body: Region) -> int:
+    """How many iterations are worth running before it is known whether the first of them is the last: 1 where they take longer than a wait."""
+    if cost(body.steps) > FORETOLD_COST or sum(v.type.nbytes for v in body.arguments) > FORETOLD_BYTES:
+        return 1
+    return min(FORETOLD_LENGTH, FORETOLD_STEPS // max(1, size(body)))
+
+
+def cost(steps: Iterable[Step]) -> int:
+    """Elements that the steps write, products weighted by what they contract."""
+    total = 0
+    for step in steps:
+        written = sum(v.type.size for v in step.results)
+        if step.name in ("stablehlo.dot_general", "stablehlo.convolution"):
+            written *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
+        total += written
+    return total
 
 
 def size(region: Region) -> int:

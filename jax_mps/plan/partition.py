@@ -296,6 +296,7 @@ class _Cutter:
             both = loops.fused(cond, body)
             fused = self.inner().block(both, captures)
             draft.fused = fused if fused.device_only else None
+            self.foretell(draft, both, captures)
         elif draft.body.device_only:
             length = loops.CHUNK_BUDGET // max(1, loops.size(body))
             if length > 1:
@@ -328,7 +329,17 @@ class _Cutter:
         reads = tuple(step.operands[i] for i in (*kept, *counters)) + captures
         draft = Draft("until", [], reads=reads, writes=step.results, carry=len(kept), condition=condition, kept=kept, counters=tuple(counters.items()))
         draft.body = self.inner().block(slim, captures)
+        watched = tuple(slim.results[kept.index(p)] for p in condition.carries() if p in kept)
+        self.foretell(draft, replace(slim, results=slim.results + watched), captures)
         return draft
+
+    def foretell(self, draft: Draft, body: Region, captures: tuple[Value, ...]) -> None:
+        """Several iterations as one function, where they are cheaper than to wait for each; the body returns what the condition is told from, too."""
+        length = loops.foretold_length(body)
+        if length > 1 and len(body.results) > len(body.arguments):
+            chunk = self.inner().block(loops.foretold(body, length), captures)
+            if chunk.device_only:
+                draft.chunk, draft.chunk_length = chunk, length
 
     def branch(self, step: Step) -> Draft:
         captures = self.captures(*step.regions)

@@ -70,6 +70,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
                 yield from _block(block, indent + "  ")
         case Until():
             yield f"{indent}loop, until its condition fails on the host, {len(segment.kept)} values carried"
+            if segment.chunk:
+                yield f"{indent}  {segment.chunk_length} iterations at a time"
             yield from _block(segment.body, indent + "  ")
         case Branch():
             yield f"{indent}branch of {len(segment.arms)}"

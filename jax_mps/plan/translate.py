@@ -120,7 +120,7 @@ class _Assembler:
         constants = tuple((c.digest, TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
         ops = sum(1 for s in draft.steps if s.name != "stablehlo.constant")
         dtypes = tuple(v.dtype for v in draft.reads)
-        return segments.Device(name, constants, dtypes, ops, _cost(draft.steps), _peak(draft), self.files)
+        return segments.Device(name, constants, dtypes, ops, loops.cost(draft.steps), _peak(draft), self.files)
 
     def host(self, draft: Draft) -> segments.Host:
         count("host_segments")
@@ -175,7 +175,8 @@ class _Assembler:
     def until(self, draft: Draft) -> control.Until:
         assert draft.condition is not None and draft.body is not None
         kinds = tuple(v.dtype for v in draft.writes)
-        return control.Until(draft.kept, draft.counters, kinds, draft.condition, self.block(draft.body))
+        chunk = self.block(draft.chunk) if draft.chunk else None
+        return control.Until(draft.kept, draft.counters, kinds, draft.condition, self.block(draft.body), chunk, draft.chunk_length)
 
     def branch(self, draft: Draft) -> control.Branch:
         return control.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")
@@ -183,17 +184,6 @@ class _Assembler:
 
 def _config(step: Step) -> Any:
     return step.attributes.get("mhlo.backend_config", step.backend_config)  # the former is the typed API's dictionary
-
-
-def _cost(steps: Sequence[Step]) -> int:
-    """Elements that the steps write, products weighted by what they contract: decides how soon results are evaluated."""
-    total = 0
-    for step in steps:
-        size = sum(v.type.size for v in step.results)
-        if step.name in ("stablehlo.dot_general", "stablehlo.convolution"):
-            size *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
-        total += size
-    return total
 
 
 def _peak(draft: Draft) -> int:

@@ -159,7 +159,7 @@ def case_waiting_beside_a_gpu():
     def synchronize(value):
         seen.append(type(value).__name__)
 
-    means = {"evaluate_now": None, "start": start, "synchronize": synchronize, "scope": Scope, "sentinel": sentinel, "eager_cost": 0}
+    means = {"evaluate_now": None, "start": start, "synchronize": synchronize, "scope": Scope, "sentinel": sentinel, "eager_cost": 0, "short_cost": 0}
     install(client_create=lambda options: toy.HOOKS["client_create"](options) | means)
     other = table.client()
     x = table.put(other, np.float32([1, -2, 3, -4]))

@@ -256,6 +256,8 @@ HOOKS = {
         "is_on_cpu": True,
         "attributes": {"toy": True, "cores": 2, "dims": (1, 2)},
         "eager_cost": 10**6,
+        "lazy_cost": 10**6,
+        "short_cost": 8 * 10**6,
         "lazy_limit": 64,
         "lazy_bytes": 1 << 28,
     },
