@@ -1,6 +1,7 @@
 /* PJRT_Buffer: JAX's handle on a cell, with the static shape that answers for it. */
 #include <dlfcn.h>
 #include <stdio.h>
+#include <sys/mman.h>
 
 #include "bridge.h"
 #include "shim.h"
@@ -592,6 +593,10 @@ static DeviceCopy device_copy(void) {
 /* on_device: MLX's memory. It fails on a thread that has never worked for MLX, and so without a CUDA context. */
 static void copy_long(char* to, const char* from, size_t size, bool on_device) {
   DeviceCopy copy = on_device ? device_copy() : NULL;
+#ifdef MADV_HUGEPAGE
+  uintptr_t first = ((uintptr_t)to + 4095) & ~(uintptr_t)4095, end = ((uintptr_t)to + size) & ~(uintptr_t)4095;
+  if (size >= (size_t)4 << 20) madvise((void*)first, end - first, MADV_HUGEPAGE); /* fewer faults; advice, whatever comes of it */
+#endif
   if (copy && size >= (size_t)16 << 20) in_pieces(to, NULL, size);
   if (!copy || copy(to, (uintptr_t)from, size) != 0) in_pieces(to, from, size);
 }

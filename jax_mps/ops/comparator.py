@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops.bodies import constant_of
 from jax_mps.ops.order import canonical_order, total_order
 from jax_mps.ops.registry import LoweredRegion
 from jax_mps.plan.types import Region, Step, Value
@@ -176,8 +177,11 @@ def _select_if(steps: dict[Value, Step], value: Value, direction: str) -> tuple[
 
 
 def _constant(steps: dict[Value, Step], value: Value) -> Any:
+    """Of a comparator, or of the block around it: equal constants of a program are one."""
     step = steps.get(value)
-    return np.asarray(step.value).item() if step is not None and step.name == "stablehlo.constant" and step.result.rank == 0 else None
+    if step is None:
+        return constant_of(value) if value.type.rank == 0 else None
+    return np.asarray(step.value).item() if step.name == "stablehlo.constant" and step.result.rank == 0 else None
 
 
 # ---- keys as integers ------------------------------------------------------------------------------------------------------------

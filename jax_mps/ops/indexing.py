@@ -81,11 +81,15 @@ class Windows:
         assert self.line is not None
         size = self.shape[self.line]
         flat = mx.reshape(indices, (-1,))
-        wide = flat if flat.dtype in (mx.int32, mx.uint32, mx.int64, mx.uint64) else flat.astype(mx.int32)
-        if self.wrapped:
-            wide = self._from_start(wide, size)
+        wide = self.unbounded(flat)
         unsigned = wide.view(mx.uint32 if wide.itemsize == 4 else mx.uint64)  # negative ones become large
         return mx.minimum(unsigned, mx.array(size, unsigned.dtype)).astype(mx.uint32)
+
+    def unbounded(self, indices: mx.array) -> mx.array:
+        """Along `line`, counted from the start, in 32 bits at least; outside as they are."""
+        assert self.line is not None
+        wide = indices if indices.dtype in (mx.int32, mx.uint32, mx.int64, mx.uint64) else indices.astype(mx.int32)
+        return self._from_start(wide, self.shape[self.line]) if self.wrapped else wide
 
     @staticmethod
     def _from_start(indices: mx.array, size: int) -> mx.array:
@@ -138,6 +142,16 @@ def _dot(starts: mx.array, strides: Sequence[int]) -> mx.array:
 
 def _along(line: mx.array, axis: int, rank: int) -> mx.array:
     return mx.reshape(line, [-1 if d == axis else 1 for d in range(rank)])
+
+
+def counting(size: int, dtype: mx.Dtype) -> mx.array:
+    """0, 1, 2, ...: a constant where it is short, since MLX fuses no arange."""
+    if size * dtype.size > _LARGEST_COUNT:
+        return mx.arange(size, dtype=dtype)
+    return mx.array(list(range(size)), dtype)
+
+
+_LARGEST_COUNT = 2048  # bytes
 
 
 def batch_shape(indices: TensorType, index_vector_dim: int) -> Shape:

@@ -5,6 +5,7 @@ Several windows become linear indices (ops/indexing.py) into rows of the operand
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import bins
 from jax_mps.ops.bodies import constant_of
 from jax_mps.ops.dtypes import MX
-from jax_mps.ops.indexing import Windows, batch_shape, batching_axes, known
+from jax_mps.ops.indexing import Windows, batch_shape, batching_axes, counting, known
 from jax_mps.ops.registry import LoweredRegion, Run, lowers
 from jax_mps.ops.rows import COMBINERS, adds_itself, sums, writer
 from jax_mps.ops.slices import clamp_starts
@@ -207,6 +209,9 @@ def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
         return _one_a_line(op, windows)
     locate = _Rows(op, windows)
     if to_zeros and kind == "stablehlo.add" and windows.line == 0 == locate.last - 1 and adds_itself(operand.type):
+        if locate.row == 1 and bins.fits(operand.dtype, op.operands[len(op.results)].dtype, windows.count, locate.rows):
+            summed = functools.partial(bins.sums, bins=locate.rows, dtype=operand.dtype, wrapped=windows.wrapped)
+            return lambda x, indices, update: locate.restore(summed(indices, update))
         zeros, spare = MX[operand.dtype], not locate.known_to_fit
         return lambda x, indices, update: locate.restore(
             sums(windows.targets(indices), locate.updates(update), (locate.rows, locate.row), zeros, spare=spare)
@@ -235,8 +240,8 @@ def _one_a_line(op: Step, windows: Windows) -> Run:
     positions = [-1 if d == axis else 1 for d in range(len(shape))]
 
     def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:
-        target = mx.reshape(windows.targets(indices), windows.batch)
-        here = mx.reshape(mx.arange(shape[axis], dtype=mx.uint32), positions) == target
+        target = windows.unbounded(mx.reshape(indices, windows.batch))
+        here = mx.reshape(counting(shape[axis], target.dtype), positions) == target
         return mx.where(here, update, mx.array(0, update.dtype))
 
     return run

@@ -88,12 +88,29 @@ def transpose(op: Step) -> Run:
 def concatenate(op: Step) -> Run:
     axis = op.dimension
     kept = [i for i, v in enumerate(op.operands) if v.shape[axis]]
+    lines = device_kind() != "cpu" and 1 < op.result.shape[axis] == len(kept) <= _FEW_LINES and op.result.size <= _SMALL
 
     def run(*inputs: mx.array) -> mx.array:
         parts = [inputs[i] for i in kept] or [inputs[0]]
+        if lines:
+            place = mx.reshape(mx.array(list(range(len(parts))), mx.int32), [-1 if d == axis else 1 for d in range(op.result.rank)])
+            return _chosen(parts, place, 0)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
     return run
+
+
+# On a GPU, MLX copies each operand by a kernel of its own; lines of a small array are chosen by comparisons, which become one (with `mx.compile`).
+_FEW_LINES, _SMALL = 16, 1 << 18
+
+
+def _chosen(parts: list[mx.array], place: mx.array, first: int) -> mx.array:
+    """At each place, what the part of that number has there."""
+    if len(parts) == 1:
+        return parts[0]
+    middle = len(parts) // 2
+    low, high = _chosen(parts[:middle], place, first), _chosen(parts[middle:], place, first + middle)
+    return mx.where(place < mx.array(first + middle, mx.int32), low, high)
 
 
 @lowers("stablehlo.reverse")

@@ -10,6 +10,7 @@ from jax_mps.ops.comparator import Key, ascending, keys_of, plain, puts_nan_last
 from jax_mps.ops.dtypes import BITS
 from jax_mps.ops.order import from_total_order, nan_at_end, total_order
 from jax_mps.ops.registry import LoweredRegion, Run, defining_step, lowers
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Region, Step, Value
 
 
@@ -35,6 +36,8 @@ def sort(op: Step, comparator: LoweredRegion) -> Run:
 def _sorted(x: mx.array, key: Key, axis: int, *, canonical: bool) -> mx.array:
     """Values alone: sort their integers and read them back, 3 times faster than MLX's sort of floats. Among equals, -0 comes first."""
     dtype = key.value.dtype
+    if device_kind() == "cuda" and key.value.type.is_floating and canonical and not key.descending:
+        return mx.sort(x, axis=axis)  # there it puts NaN last, and is stable
     if dtype == "bool":
         order = x.astype(mx.uint8)
     elif key.value.type.is_floating:

@@ -15,7 +15,7 @@ from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
 from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
 from jax_mps.plan.tensors import TensorType
-from jax_mps.plan.trips import Condition, Counter, Row
+from jax_mps.plan.trips import SMALL_ROW, Condition, Counter, Row
 
 
 def read_scalar(value: Any) -> int:
@@ -49,7 +49,7 @@ def read_numbers(values: Sequence[Any]) -> list[Any]:
 
 # Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
 # one evaluation works on, and what is put together meanwhile.
-_EVALUATE_OPS = 640
+_EVALUATE_OPS = int(__import__("os").environ.get("JMX_EVAL", 640))
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -119,7 +119,7 @@ class Loop(Segment):
         going = read_scalar(self.cond.run(carry + captures)[0])
         trips = 0
         while going:
-            if self.counter is None and self.chunk is not None and trips >= self.chunk_length:
+            if self.counter is None and self.chunk is not None and 2 * trips >= self.chunk_length:
                 return Ahead(self.chunk, self.chunk_length, self.body, captures, seen).run(carry, lambda trip, predicates: predicates[0])[0]
             if self.fused is not None:
                 *carry, predicate = self.fused.run(carry + captures)
@@ -227,7 +227,7 @@ class Until(Segment):
         try:
             numbers = [read_number(carry[i]) for _, i in places]
             while goes_on(trips, numbers):
-                if self.chunk is not None and trips >= self.chunk_length:
+                if self.chunk is not None and 2 * trips >= self.chunk_length:
                     before = trips
                     ahead = Ahead(self.chunk, self.chunk_length, self.body, captures, seen)
                     carry, more = ahead.run(carry, lambda trip, told: goes_on(before + trip, told))
@@ -274,8 +274,7 @@ def _wrapped(value: int, kind: str) -> int:
     return (value - int(info.min)) % (int(info.max) - int(info.min) + 1) + int(info.min)
 
 
-# Rows of fewer bytes than this wait to be written together; so many at most.
-_SMALL_ROW = 1 << 16
+# So many pieces of small rows wait to be written together.
 _MAX_WAITING = 512
 # Slices of a source that are made at once.
 _WINDOW = 64
@@ -284,19 +283,19 @@ _WINDOW = 64
 class _Stack:
     """A carry that each iteration writes one row of, which the body returned instead."""
 
-    __slots__ = ("kind", "row", "rows", "taken", "target", "trip")
+    __slots__ = ("kind", "row", "rows", "small", "taken", "target", "trip")
 
     def __init__(self, target: Any, row: Row, kind: TensorType) -> None:
         self.target, self.row, self.kind = target, row, kind
+        self.small = kind.nbytes // kind.shape[row.axis] < SMALL_ROW
         self.rows: list[Any] = []
         self.trip = 0  # of the first row that waits
         self.taken = False  # whether the target is ours alone
 
     def add(self, rows: Sequence[Any]) -> None:
         self.rows += rows
-        one = self.kind.nbytes // self.kind.shape[self.row.axis]
-        if one >= _SMALL_ROW or len(self.rows) >= _MAX_WAITING:
-            self.write(together=one < _SMALL_ROW)
+        if not self.small or len(self.rows) >= _MAX_WAITING:
+            self.write(together=self.small)
 
     def write(self, together: bool = True) -> None:
         """Put the rows that wait into the array: in place, once only we hold it."""
@@ -381,8 +380,11 @@ class Scan(Segment):
             carry = []  # the inputs have one owner, who drops them
             results = block.run(inputs)
             carry = results[:kept]
-            for i, stack in enumerate(stacks):
-                stack.add(results[kept + i * length : kept + (i + 1) * length])
+            at = kept
+            for stack in stacks:
+                count = 1 if stack.small else length
+                stack.add(results[at : at + count])
+                at += count
             del results
             pending += ops_of(block)
             if pending >= _EVALUATE_OPS:

@@ -32,13 +32,14 @@ _CONTROL = frozenset(["stablehlo.while", "stablehlo.case", "stablehlo.if"])
 class Target:
     """What can run where: `refusal` says why a step cannot run on the device (None if it can), `host_kind` how the host would run it
     ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error; `costs` weigh a boundary between the two.
-    `define` is told of the steps of a block before it is asked about them."""
+    `define` is told of the steps of a block before it is asked about them; `chunk_steps` is how many a chunk of iterations has at most."""
 
     refusal: Callable[[Step], str | None]
     host_kind: Callable[[Step], str | None]
     define: Callable[[Iterable[Step]], None] = lambda steps: None
     forbid_host: bool = False
     costs: Costs = COSTS["cpu"]
+    chunk_steps: int = loops.CHUNK_BUDGET
 
 
 @dataclass(slots=True, eq=False)
@@ -311,7 +312,7 @@ class _Cutter:
         carried = tuple(step.operands[i] for i in (*scan.kept, *(i for i, _ in scan.stacks)))
         reads = carried + tuple(v for v, _ in scan.sources) + captures
         draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan)
-        length = scan.chunk_length()
+        length = scan.chunk_length(self.target.chunk_steps)
         if length > 1:
             chunk = self.inner().block(scan.repeated(length), captures)
             if chunk.device_only:

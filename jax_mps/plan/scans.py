@@ -12,14 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_mps.plan.loops import Constants, constant_step, find_counter, in_range, increment, inline, invariants, size
-from jax_mps.plan.trips import Row
+from jax_mps.plan.trips import SMALL_ROW, Row
 from jax_mps.plan.types import DEVICE_DTYPES, Region, Step, TensorType, Value, numpy_dtype
 
 # Rows that a chunk of iterations returns one by one: each is an output, and Metal's kernels bind 31 buffers.
 MAX_ROWS = 16
-# A chunk has this many steps.
-CHUNK_BUDGET = 96
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scan:
@@ -41,15 +38,15 @@ class Scan:
         """Whether the body reads it."""
         return self.body.arguments[-1] in _read(self.body)
 
-    def chunk_length(self) -> int:
-        """How many iterations one function runs: a divisor of the trip count where that is not much less than what fits."""
-        most = min(CHUNK_BUDGET // max(1, size(self.body)), MAX_ROWS // max(1, len(self.stacks)), self.trips)
+    def chunk_length(self, budget: int) -> int:
+        """How many iterations one function of so many steps runs: a divisor of the trip count where that is not much less than what fits."""
+        most = min(budget // max(1, size(self.body)), MAX_ROWS // max(1, len(self.stacks)), self.trips)
         divisor = next((n for n in range(max(1, most), 0, -1) if self.trips % n == 0), 1)
         return divisor if 2 * divisor > most else max(1, most)
 
     def repeated(self, times: int) -> Region:
         """A region that runs the body `times` times: carries, `times` rows of each source in one array, the counter before the first of them;
-        carries, then `times` rows of the first stack, of the second, ..."""
+        carries, then the rows of the first stack, of the second, ...: small ones in one array."""
         count = len(self.kept)
         carry: Sequence[Value] = [Value(v.type) for v in self.body.arguments[:count]]
         sources = [Value(_long(v.type, row.axis, times)) for v, (_, row) in zip(self.body.arguments[count:-1], self.sources, strict=True)]
@@ -63,7 +60,8 @@ class Scan:
             carry = results[:count]
             for stack, row in zip(rows, results[count:], strict=True):
                 stack.append(row)
-        return Region(arguments, tuple(steps), (*carry, *(row for stack in rows for row in stack)))
+        stacked = [v for found, (_, row) in zip(rows, self.stacks, strict=True) for v in _together(found, row, steps)]
+        return Region(arguments, tuple(steps), (*carry, *stacked))
 
     def _advanced(self, counter: Value, trips: int, steps: list[Step]) -> Value:
         if trips == 0 or not self.uses_counter:
@@ -76,6 +74,17 @@ class Scan:
 
 def _long(kind: TensorType, axis: int, count: int) -> TensorType:
     return TensorType((*kind.shape[:axis], count, *kind.shape[axis + 1 :]), kind.dtype)
+
+
+def _together(rows: list[Value], row: Row, steps: list[Step]) -> list[Value]:
+    """Rows as one array, in the order of the array that they are for; as they are, if they are large."""
+    kind = rows[0].type
+    if len(rows) == 1 or kind.nbytes >= SMALL_ROW:
+        return rows
+    ordered = tuple(rows if row.sign > 0 else rows[::-1])
+    text = (("dimension", f"{row.axis} : i64"),)
+    steps.append(Step("stablehlo.concatenate", ordered, (Value(_long(kind, row.axis, len(rows))),), {"dimension": row.axis}, text=text))
+    return [steps[-1].results[0]]
 
 
 def _slice(value: Value, axis: int, index: int, steps: list[Step]) -> Value:

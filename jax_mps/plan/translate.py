@@ -55,11 +55,17 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     return program, files
 
 
+# Steps of a chunk of iterations on a GPU, where one call costs as much as a dozen kernels.
+_CHUNK_ON_GPU = 256
+
+
 def target(lowerer: Lowerer) -> Target:
     """What runs where on this process's device."""
     from jax_mps.calls.kinds import host_kind
 
-    return Target(lowerer.refusal, host_kind, lowerer.define, forbid_host=settings().host == "error", costs=COSTS[runtime.device_kind()])
+    kind = runtime.device_kind()
+    steps = loops.CHUNK_BUDGET if kind == "cpu" else _CHUNK_ON_GPU
+    return Target(lowerer.refusal, host_kind, lowerer.define, settings().host == "error", COSTS[kind], steps)
 
 
 def claims(step: Step) -> bool:

@@ -46,6 +46,10 @@ class Counter(NamedTuple):
                 return max(0, -distance // -self.step + 1) if distance <= 0 else 0
 
 
+# Rows of fewer bytes than this are put together before they are written.
+SMALL_ROW = 1 << 16
+
+
 class Row(NamedTuple):
     """One index of one axis in each iteration: `first` in the first one, then up (`sign` 1) or down (-1)."""
 

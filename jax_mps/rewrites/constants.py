@@ -28,10 +28,11 @@ def shift_in_range(step: Step, scope: Scope) -> Step | None:
 _COMPARISONS = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
 _FOLDED: dict[str, Callable[..., Any]] = {
     "stablehlo.add": np.add, "stablehlo.subtract": np.subtract, "stablehlo.multiply": np.multiply,
+    "stablehlo.negate": np.negative, "stablehlo.divide": np.divide,
     "stablehlo.minimum": np.minimum, "stablehlo.maximum": np.maximum, "stablehlo.select": np.where,
     "stablehlo.convert": lambda x: x, "stablehlo.reshape": lambda x: x,
 }  # fmt: skip
-_ROUNDED = frozenset(["stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.compare"])  # of floats: once, by all alike
+_ROUNDED = frozenset(f"stablehlo.{n}" for n in ("add", "subtract", "multiply", "divide", "negate", "compare"))  # of floats: once, by all alike
 ARITHMETIC = frozenset([*_FOLDED, "stablehlo.compare"])
 
 
@@ -52,7 +53,7 @@ def fold_scalars(step: Step, scope: Scope) -> Step | None:
     values = (*step.operands, *step.results)
     if any(v.type.rank or not (v.type.is_integer or v.dtype in ("bool", "float32")) for v in values):
         return None
-    if step.operand.is_floating and step.name not in _ROUNDED:
+    if step.name not in _ROUNDED if step.operand.is_floating else step.name == "stablehlo.divide":
         return None
     if step.operand.dtype == "bool" and step.name not in ("stablehlo.select", "stablehlo.compare"):
         return None
@@ -60,7 +61,7 @@ def fold_scalars(step: Step, scope: Scope) -> Step | None:
     known = [scope.constant(v) for v in step.operands]
     if any(k is None for k in known):
         return None
-    with np.errstate(over="ignore"):  # integers wrap, as the spec's do
+    with np.errstate(all="ignore"):  # integers wrap, as the spec's do
         value = np.asarray(function(*(np.asarray(k) for k in known))).astype(numpy_dtype(step.result.dtype))
     return Step("stablehlo.constant", (), step.results, {"value": value}, location=step.location, text=())
 

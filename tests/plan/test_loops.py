@@ -7,7 +7,7 @@ import pytest
 
 from jax_mps.plan import build, loops
 from jax_mps.plan.trips import Counter
-from jax_mps.plan.types import Plan, Step, TensorType
+from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
 
 LOOP = """module @m {{ func.func public @main(%x: tensor<4xf32>, %lo: tensor<{t}>, %hi: tensor<{t}>) -> tensor<4xf32> {{
 %start = stablehlo.constant dense<{start}> : tensor<{t}>
@@ -140,3 +140,21 @@ def test_repeated_runs_the_body_in_a_chain() -> None:
     sines = [s for s in region.steps if s.name == "stablehlo.sine"]
     assert len(sines) == 3
     assert sines[2].operands == sines[1].results
+
+
+def test_what_runs_ahead_returns_what_tells_of_the_end() -> None:
+    body = plan_of().steps[-1].regions[1]
+    told = Region(body.arguments, body.steps, (*body.results, body.results[2]))
+    region = loops.foretold(told, 3)
+    assert len(region.results) == len(body.arguments) + 3
+    assert region.results[2] is region.results[-1]
+    assert sum(s.name == "stablehlo.sine" for s in region.steps) == 3
+
+
+def test_how_far_ahead() -> None:
+    """Short bodies of little work alone: a long iteration for nothing costs more than to wait for the one before."""
+    body = plan_of().steps[-1].regions[1]
+    assert loops.foretold_length(body) == loops.FORETOLD_LENGTH
+    assert loops.foretold_length(loops.repeated(body, 40)) == loops.FORETOLD_STEPS // 80
+    large = Region((*body.arguments, Value(TensorType((1 << 17,), "float32"))), body.steps, body.results)
+    assert loops.foretold_length(large) == 1

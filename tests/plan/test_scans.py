@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jax_mps.plan import build, conditions, scans
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.scans import Row, Scan
-from jax_mps.plan.types import Step
+from jax_mps.plan.types import Region, Step, TensorType, Value
 
 MODULE = """module @m {{ func.func public @main(%xs: tensor<9x4xf32>, %ys: tensor<9x4xf32>) -> tensor<9x4xf32> {{
 %start = stablehlo.constant dense<{start}> : tensor<i32>
@@ -77,8 +79,20 @@ def test_repeated_takes_rows_from_one_array() -> None:
     assert scan is not None
     region = scan.repeated(3)
     assert [v.shape for v in region.arguments] == [(3, 4), ()]
-    assert [v.shape for v in region.results] == [(1, 4)] * 3
+    assert [v.shape for v in region.results] == [(3, 4)]
     assert [s.start_indices for s in region.steps if s.name == "stablehlo.slice"] == [(2, 0), (1, 0), (0, 0)]
+    (joined,) = [s for s in region.steps if s.name == "stablehlo.concatenate"]
+    sines = [s.results[0] for s in region.steps if s.name == "stablehlo.sine"]
+    assert list(joined.operands) == sines
+
+
+def test_large_rows_are_returned_one_by_one() -> None:
+    """They are written where they belong at once, not copied before."""
+    scan = scan_of(DOWN)
+    assert scan is not None
+    made = Step("stablehlo.iota", (), (Value(TensorType((1, 1 << 14), "float32")),), {"iota_dimension": 1}, text=())
+    wide = replace(scan, body=Region(scan.body.arguments, (*scan.body.steps, made), (*scan.body.results[:-1], made.results[0])))
+    assert [v.shape for v in wide.repeated(3).results] == [(1, 1 << 14)] * 3
 
 
 @pytest.mark.parametrize(("row", "span"), [(Row(0, 2, 1), (5, 7)), (Row(1, 9, -1), (5, 7))])
