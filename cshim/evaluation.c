@@ -84,12 +84,15 @@ static PyObject* call_in_scope(PyObject* callable, PyObject* values) {
   return result;
 }
 
-/* Starts evaluation; what to wait for, None being the stream. On a GPU that is an array of our own that depends on the values, whose
- * event nobody else touches: the values, others may use meanwhile. Locked. */
+/* Starts evaluation; what to wait for, None being the stream. On a GPU that is an array of our own, evaluated with the values and so ready
+ * when they are: the values, others may use meanwhile. It depends on none of them: what held them, too, would keep the next execution from
+ * writing into a donated one. Locked. */
 static PyObject* start(PyObject* values) {
   PyObject* sentinel = Py_None;
   if (laziness.sentinel) {
-    sentinel = call_in_scope(laziness.sentinel, values);
+    PyObject* on_nothing = PyList_New(0);
+    sentinel = on_nothing ? call_in_scope(laziness.sentinel, on_nothing) : NULL;
+    Py_XDECREF(on_nothing);
     if (!sentinel) return NULL;
     if (PyList_Append(values, sentinel) != 0) {
       Py_DECREF(sentinel);

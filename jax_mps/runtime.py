@@ -144,7 +144,7 @@ def released() -> Iterator[None]:
 def waits() -> dict[str, Any]:
     """What C evaluates and waits with: MLX's own functions, since no Python code must run there (cshim/README.md).
 
-    On a GPU the wait is for an array of its own that depends on the values: those, others may use meanwhile.
+    On a GPU the wait is for an array of its own that is evaluated with the values: those, others may use meanwhile.
     """
     where = device()
     started = {"evaluate_now": mx.eval, "start": mx.async_eval}
@@ -180,7 +180,7 @@ def evaluate(values: Sequence[mx.array]) -> None:
         wait()
         return
     with locked():
-        sentinel = mx.depends(_nothing(), list(values))
+        sentinel = mx.depends(_nothing(), [])
         mx.async_eval(*values, sentinel)
     mx.eval(sentinel)
 

@@ -27,7 +27,7 @@ _making = threading.Lock()
 # An execution of more elements than this is evaluated at once; cheaper ones stay lazy until so many are waiting, or so many bytes. To start an
 # evaluation takes 17 us on a GPU (H100), and 3 us more for each kernel in it: those that take the GPU less time are started together.
 EAGER_COST = {"cpu": 1 << 17}
-_EAGER_ON_GPU = 1 << 23
+_EAGER_ON_GPU = 1 << 25
 LAZY_LIMIT = {"cpu": 128}  # of 4 us each, which the caller then evaluates; 32 elsewhere
 LAZY_BYTES = 256 << 20
 _SHORT_COST = 1 << 20  # what is under way when somebody waits is waited for under the lock, up to so much

@@ -49,7 +49,7 @@ def read_numbers(values: Sequence[Any]) -> list[Any]:
 
 # Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
 # one evaluation works on, and what is put together meanwhile.
-_EVALUATE_OPS = int(__import__("os").environ.get("JMX_EVAL", 640))
+_EVALUATE_OPS = 640
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -167,9 +167,9 @@ class Ahead:
     captures: list[Any]
     seen: int
 
-    def run(self, carry: list[Any], goes_on: Callable[[int, list[Any]], bool]) -> tuple[list[Any], int]:
-        """From a carry that goes on to the last one, and how many iterations that took; goes_on(trips, told) is asked after each of them."""
-        early, trips = runtime.device_kind() != "cpu", 0
+    def run(self, carry: list[Any], goes_on: Callable[[int, list[Any]], bool], trips: int = 0) -> tuple[list[Any], int]:
+        """From a carry after so many iterations that goes on to the last one, and their number then; goes_on(trips, told) is asked after each."""
+        early = runtime.device_kind() != "cpu"
         after, told = self.start(carry)
         while True:
             following = self.start(after) if early else None
@@ -228,10 +228,8 @@ class Until(Segment):
             numbers = [read_number(carry[i]) for _, i in places]
             while goes_on(trips, numbers):
                 if self.chunk is not None and 2 * trips >= self.chunk_length:
-                    before = trips
                     ahead = Ahead(self.chunk, self.chunk_length, self.body, captures, seen)
-                    carry, more = ahead.run(carry, lambda trip, told: goes_on(before + trip, told))
-                    trips = before + more
+                    carry, trips = ahead.run(carry, goes_on, trips)
                     break
                 carry = self.body.run(carry + captures)
                 settle(carry, seen)
@@ -250,8 +248,7 @@ class Until(Segment):
         return [self, *(s for b in (self.body, self.chunk) if b is not None for s in b.walk())]
 
     def bind(self, markers: Mapping[str, str]) -> Until:
-        body, chunk = (b and b.bind(markers) for b in (self.body, self.chunk))
-        return replace(self, body=body, chunk=chunk)
+        return replace(self, body=self.body.bind(markers), chunk=self.chunk and self.chunk.bind(markers))
 
     def to_manifest(self) -> Manifest:
         fields = {"kept": list(self.kept), "counters": [list(c) for c in self.counters], "types": list(self.kinds)}

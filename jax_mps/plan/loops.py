@@ -257,14 +257,21 @@ def foretold_length(body: Region) -> int:
     return min(FORETOLD_LENGTH, FORETOLD_STEPS // max(1, size(body)))
 
 
+# What an element costs, where that is more than to write it; and the ops that do not read all of their operand.
+_WEIGHTS = {"stablehlo.sort": 16, "chlo.top_k": 16, "stablehlo.scatter": 8, "stablehlo.fft": 4}
+_SELECTIVE = frozenset(["stablehlo.slice", "stablehlo.dynamic_slice", "stablehlo.gather"])
+
+
 def cost(steps: Iterable[Step]) -> int:
-    """Elements that the steps write, products weighted by what they contract."""
+    """Elements that the steps write, or read if these are more; products weighted by what they contract."""
     total = 0
     for step in steps:
-        written = sum(v.type.size for v in step.results)
+        size = sum(v.type.size for v in step.results)
         if step.name in ("stablehlo.dot_general", "stablehlo.convolution"):
-            written *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
-        total += written
+            size *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
+        elif step.name not in _SELECTIVE:
+            size = max(size, *(v.type.size for v in step.operands), 0) * _WEIGHTS.get(step.name, 1)
+        total += size
     return total
 
 

@@ -167,7 +167,7 @@ def case_waiting_beside_a_gpu():
         (y,), _ = table.execute(double, [x])
         event = table.Buffer_ReadyEvent(buffer=y).event
         assert table.is_ready(event)
-        assert seen == ["enter", "sentinel of 1", "exit", "enter", "start 2", "exit", "Thunk"], seen
+        assert seen == ["enter", "sentinel of 0", "exit", "enter", "start 2", "exit", "Thunk"], seen
         table.Event_Destroy(event=event)
         table.destroy(x, y)
     finally:
