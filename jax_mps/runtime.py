@@ -55,7 +55,7 @@ def device() -> Device:
     os.environ.setdefault("MLX_ENABLE_TF32", "1" if kind == "cuda" else "0")
     if kind == "cuda":
         os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
-    if kind == "cpu":
+    if kind != "metal":
         allocator.keep_blocks()
     stream = mx.new_thread_unsafe_stream(mlx)
     beside = None if kind == "cpu" else mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
