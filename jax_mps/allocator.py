@@ -18,8 +18,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 @functools.cache
-def keep_blocks() -> str | None:
-    """Ask glibc to serve large blocks from its heap and to keep them; returns why not, if not."""
+def keep_blocks(one_heap: bool = True) -> str | None:
+    """Ask glibc to serve large blocks from its heap and to keep them; returns why not, if not. one_heap: for all threads, as MLX's CPU engine
+    frees on one what another allocates."""
     if sys.platform != "linux":
         return "not Linux"
     if os.environ.get("JAX_MPS_MALLOC") == "0":
@@ -28,5 +29,5 @@ def keep_blocks() -> str | None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return "the C library has no mallopt"
-    wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    wanted = [(_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)] + [(_M_ARENA_MAX, 1)] * one_heap
     return None if all(mallopt(name, value) == 1 for name, value in wanted) else "mallopt refused"

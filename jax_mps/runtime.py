@@ -56,7 +56,7 @@ def device() -> Device:
     if kind == "cuda":
         os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
     if kind != "metal":
-        allocator.keep_blocks()
+        allocator.keep_blocks(one_heap=kind == "cpu")
     stream = mx.new_thread_unsafe_stream(mlx)
     beside = None if kind == "cpu" else mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
     return Device(mlx, kind, architecture, stream, beside, first=_index(stream) == 0)
@@ -180,9 +180,16 @@ def evaluate(values: Sequence[mx.array]) -> None:
         wait()
         return
     with locked():
-        sentinel = mx.depends(_nothing(), [])
-        mx.async_eval(*values, sentinel)
-    mx.eval(sentinel)
+        last = sentinel()
+        mx.async_eval(*values, last)
+    mx.eval(last)
+
+
+def sentinel() -> mx.array:
+    """An array of its own to wait for, on a GPU: what is evaluated with it is there when it is."""
+    with locked():
+        made: mx.array = mx.depends(_nothing(), [])
+    return made
 
 
 def wait() -> None:

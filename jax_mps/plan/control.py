@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,9 @@ def read_numbers(values: Sequence[Any]) -> list[Any]:
 # Ops of a loop between evaluations of its carry: enough to hide the wait (each wakes a thread up), few enough to bound the arrays alive: what
 # one evaluation works on, and what is put together meanwhile.
 _EVALUATE_OPS = 640
+# On CUDA, kernels of one evaluation: MLX commits what has more than 100 half way, and then lets no more than ten such commits be under way, for
+# which it sleeps. And how many evaluations may be under way there, which nothing else bounds.
+_EVALUATE_KERNELS, _UNDER_WAY = 96, 8
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -100,16 +104,13 @@ class Loop(Segment):
     def counted(self, values: list[Any], captures: list[Any], trips: int) -> list[Any]:
         carry = list(values)
         values.clear()  # nobody else may hold a carry: its memory is the next one's
-        seen = lib.shim_interrupts()
-        pending = 0
+        seen, pace = lib.shim_interrupts(), Pace()
         while trips:
             block, length = (self.chunk, self.chunk_length) if self.chunk is not None and trips >= self.chunk_length else (self.body, 1)
             carry = block.run(carry + captures)
             trips -= length
-            pending += ops_of(block)
-            if pending >= _EVALUATE_OPS:
-                settle(carry, seen)
-                pending = 0
+            if pace.is_due(ops_of(block)):
+                pace.settle(carry, seen)
         return carry
 
     def tested(self, values: list[Any], captures: list[Any]) -> list[Any]:
@@ -367,7 +368,7 @@ class Scan(Segment):
     ) -> list[Any]:
         """Run a block of `length` iterations for each of `trips`, from `carry` to the next."""
         seen = lib.shim_interrupts()
-        kept, pending = len(carry), 0
+        kept, pace = len(carry), Pace()
         rows: list[list[mx.array]] = [[] for _ in read]
         for number, trip in enumerate(trips):
             if number % _WINDOW == 0 and read:
@@ -383,10 +384,8 @@ class Scan(Segment):
                 stack.add(results[at : at + count])
                 at += count
             del results
-            pending += ops_of(block)
-            if pending >= _EVALUATE_OPS:
-                settle([*carry, *(v for s in stacks for v in ([s.target, *s.rows] if s.taken else s.rows))], seen)
-                pending = 0
+            if pace.is_due(ops_of(block)):
+                pace.settle([*carry, *(v for s in stacks for v in ([s.target, *s.rows] if s.taken else s.rows))], seen)
         return carry
 
     def _rows(self, read: list[Any], trip: int, length: int, count: int) -> list[list[mx.array]]:
@@ -432,6 +431,34 @@ def settle(values: Sequence[Any], interrupts: int) -> None:
     arrays = [v for v in values if isinstance(v, mx.array)]
     if arrays:
         runtime.start(arrays)
+
+
+class Pace:
+    """When the carry of a counted loop is evaluated, and how far ahead of the device the loop may be."""
+
+    __slots__ = ("on_cuda", "pending", "under_way")
+
+    def __init__(self) -> None:
+        self.on_cuda = runtime.device_kind() == "cuda"
+        self.pending = 0
+        self.under_way: deque[mx.array] = deque()
+
+    def is_due(self, ops: int) -> bool:
+        """After so many ops more, and before as many again."""
+        self.pending += ops
+        due = self.pending + ops > _EVALUATE_KERNELS if self.on_cuda else self.pending >= _EVALUATE_OPS
+        if due:
+            self.pending = 0
+        return due
+
+    def settle(self, values: Sequence[Any], interrupts: int) -> None:
+        if not self.on_cuda:
+            settle(values, interrupts)
+            return
+        self.under_way.append(runtime.sentinel())
+        settle([*values, self.under_way[-1]], interrupts)
+        if len(self.under_way) > _UNDER_WAY:
+            mx.eval(self.under_way.popleft())
 
 
 def ops_of(block: Block) -> int:

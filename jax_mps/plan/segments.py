@@ -195,7 +195,8 @@ def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
 class Device(Segment):
     """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
 
-    cost: elements computed, roughly; it decides how eagerly results are evaluated. peak: bytes live at once, at most.
+    cost: elements computed, roughly; it decides how eagerly results are evaluated. peak: bytes live at once, at most. kernels: how many run on
+    a GPU, roughly, once it is compiled.
     """
 
     name: str
@@ -205,6 +206,7 @@ class Device(Segment):
     cost: int
     peak: int
     files: Files
+    kernels: int = 0
     _function: Callable[..., Any] | None = None
     _leading: tuple[mx.array, ...] = ()
     _runs: int = 0
@@ -271,18 +273,18 @@ class Device(Segment):
     @property
     def width(self) -> int:
         """How many arrays a run makes, about: a fused kernel is several ops."""
-        return self.ops if self._fused is None else 1 + self.ops // 4
+        return self.ops if self._fused is None else self.kernels or 1 + self.ops // 4
 
     def to_manifest(self) -> Manifest:
         constants = [[digest, *type_to_json(kind)] for digest, kind in self.constants]
-        fields = {"name": self.name, "dtypes": list(self.dtypes), "ops": self.ops, "cost": self.cost, "peak": self.peak}
-        return {"kind": "device", "constants": constants, **fields}
+        numbers = {n: getattr(self, n) for n in ("ops", "cost", "peak", "kernels")}
+        return {"kind": "device", "constants": constants, "name": self.name, "dtypes": list(self.dtypes), **numbers}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Device:
         constants = tuple((str(digest), type_from_json(kind)) for digest, *kind in manifest["constants"])
-        ops, cost, peak = (int(manifest[n]) for n in ("ops", "cost", "peak"))
-        return cls(str(manifest["name"]), constants, tuple(manifest["dtypes"]), ops, cost, peak, files)
+        ops, cost, peak, kernels = (int(manifest[n]) for n in ("ops", "cost", "peak", "kernels"))
+        return cls(str(manifest["name"]), constants, tuple(manifest["dtypes"]), ops, cost, peak, files, kernels)
 
 
 # ---- host ------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax_mps.counters import count
 from jax_mps.errors import InvalidProgram
 from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
-from jax_mps.ops.registry import Lowerer, has_lowering
+from jax_mps.ops.registry import Lowerer, has_lowering, is_elementwise
 from jax_mps.plan import build, control, export, loops, segments
 from jax_mps.plan.boundary import COSTS
 from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
@@ -55,7 +56,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
 
 
 # Steps of a chunk of iterations on a GPU, where one call costs as much as a dozen kernels.
-_CHUNK_ON_GPU = 256
+_CHUNK_ON_GPU = 192
 
 
 def target(lowerer: Lowerer) -> Target:
@@ -125,7 +126,7 @@ class _Assembler:
         constants = tuple((c.digest, TensorType(c.value.shape, c.dtype)) for c in traceable.constants)
         ops = sum(1 for s in draft.steps if s.name != "stablehlo.constant")
         dtypes = tuple(v.dtype for v in draft.reads)
-        return segments.Device(name, constants, dtypes, ops, loops.cost(draft.steps), _peak(draft), self.files)
+        return segments.Device(name, constants, dtypes, ops, loops.cost(draft.steps), _peak(draft), self.files, _kernels(draft.steps))
 
     def host(self, draft: Draft) -> segments.Host:
         count("host_segments")
@@ -189,6 +190,16 @@ class _Assembler:
 
 def _config(step: Step) -> Any:
     return step.attributes.get("mhlo.backend_config", step.backend_config)  # the former is the typed API's dictionary
+
+
+# What MLX fuses or makes views of; of other ops, each is about two kernels, one of them for what is fused between.
+_FUSED = frozenset(["stablehlo.reshape", "stablehlo.transpose", "stablehlo.broadcast_in_dim", "stablehlo.slice", "stablehlo.iota"])
+
+
+def _kernels(steps: Sequence[Step]) -> int:
+    """How many kernels a GPU runs for them, compiled: an estimate."""
+    heavy = sum(1 for s in steps if s.name != "stablehlo.constant" and not is_elementwise(s.name) and s.name not in _FUSED)
+    return 1 + 2 * heavy + len(steps) // 16
 
 
 def _peak(draft: Draft) -> int:
