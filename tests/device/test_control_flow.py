@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jax_mps.plan import control
+
 X = np.arange(6, dtype=np.float32)
 ROWS_OF = np.random.default_rng(0).standard_normal((701, 5)).astype(np.float32)
 
@@ -120,3 +122,20 @@ def test_control_flow(name: str) -> None:
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         # a thousand steps of float32: each rounds as it likes
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_what_runs_ahead_counts_for_nothing(kind: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops of 0 to 40 iterations, whose end is found before, in and after their chunks; the condition is the host's or the device's."""
+    if early:
+        monkeypatch.setattr(control.runtime, "device_kind", lambda: "metal")
+
+    @jax.jit
+    def f(limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ended = (lambda c: c[0] < limit) if kind == "host" else (lambda c: jnp.sum(c[1]) < 3 * limit)
+        return lax.while_loop(ended, lambda c: (c[0] + 0.5, c[1] + 0.5), (jnp.float32(0.25), jnp.full(3, 0.25)))
+
+    for trips in range(41):
+        count, values = f(np.float32(trips / 2))
+        assert (float(count), values.tolist()) == (trips / 2 + 0.25, [trips / 2 + 0.25] * 3)

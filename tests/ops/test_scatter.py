@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import bins as bins_of
 
 from .harness import Case, check, check_both, run_on_mlx
 
@@ -265,3 +266,13 @@ def test_scatter_property(data):
     (got,) = run_on_mlx(Case("scatter", raw(numbers, lax.scatter_add), (x, indices, updates)))
     want = by_the_spec(x, indices, updates, window_dims, inserted, to_operand, (batching_dims, start_dims), sizes)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("dtype", "index", "numbers", "bins", "fits"), [
+    ("float32", "int32", 1 << 15, 8192, True), ("int32", "int32", 1 << 20, 1, True), ("float32", "int32", 1000, 10, False),
+    ("float32", "int32", 1 << 20, 8193, False), ("float16", "int32", 1 << 20, 10, False), ("float32", "int64", 1 << 20, 10, False),
+])  # fmt: skip
+def test_what_a_kernel_of_bins_is_for(dtype, index, numbers, bins, fits, monkeypatch):
+    assert not bins_of.fits(dtype, index, numbers, bins)
+    monkeypatch.setattr(bins_of, "device_kind", lambda: "cuda")
+    assert bins_of.fits(dtype, index, numbers, bins) is fits

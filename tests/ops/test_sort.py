@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import sort
 
 from .harness import Case, assert_same, check, check_both, run_on_mlx
 
@@ -180,3 +181,9 @@ def test_keys_property(data):
     case = Case("keys", lambda *operands: lax.sort(operands, dimension=axis, num_keys=len(kinds)), (*keys, position))
     order = np.lexsort(keys[::-1], axis=axis)
     assert_same(run_on_mlx(case), [np.take_along_axis(k, order, axis) for k in (*keys, position)], case)
+
+
+def test_values_alone_are_sorted_without_an_argsort(monkeypatch):
+    """Also where the program has the comparator's constants once, outside of it."""
+    monkeypatch.setattr(sort, "_order", None)
+    check(Case("two sorts", lambda x: [jnp.sort(x), jnp.sort(x + 1)], (ODD,)))
