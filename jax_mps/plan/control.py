@@ -128,12 +128,8 @@ class Loop(Segment):
                 carry = self.body.run(carry + captures)
                 predicate = self.cond.run(carry + captures)[0]
             settle([*carry, predicate], seen)
-<<<<<<< Updated upstream
             trips += 1
             going = read_scalar(predicate)
-=======
-            going = read_number(predicate, started=True)
->>>>>>> Stashed changes
         return carry
 
     def walk(self) -> Sequence[Segment]:
