@@ -129,7 +129,7 @@ class Loop(Segment):
                 predicate = self.cond.run(carry + captures)[0]
             settle([*carry, predicate], seen)
             trips += 1
-            going = read_scalar(predicate)
+            going = read_number(predicate, started=True)
         return carry
 
     def walk(self) -> Sequence[Segment]:
