@@ -38,7 +38,7 @@ SHAPES = [((256, 256), "float32")] * 2
 
 
 def result(tried: trial.Trial) -> bool:
-    end = time.monotonic() + 100
+    end = time.monotonic() + 280
     while (found := tried.repays()) is None:
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -196,9 +196,10 @@ def step(x):
     return x
 
 x = np.linspace(-2, 2, 4096, dtype="float32")
-want, end = np.array(step(x)), time.monotonic() + 100
+want, end = np.array(step(x)), time.monotonic() + 280
 while not jax_mps.stats()["compiles"]:
     assert time.monotonic() < end
+    time.sleep(0.01)  # the other process has the lowest priority
     np.testing.assert_allclose(np.array(step(x)), want, rtol=1e-6)
 np.testing.assert_allclose(np.array(step(x)), want, rtol=1e-6)
 print("fused")
@@ -212,7 +213,7 @@ def test_through_jax(tmp_path: Path) -> None:
         pytest.skip("no compiler here")
     environment = {n: v for n, v in os.environ.items() if n != "JAX_MPS_COMPILE"}
     environment |= {"JAX_PLATFORMS": "mps", "TMPDIR": str(tmp_path), "JAX_MPS_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "fused\n"
     assert not list(tmp_path.glob("jax-mps-trial-*"))
