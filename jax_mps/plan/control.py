@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ from jax_mps import runtime
 from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
+from jax_mps.plan.record import Record
 from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
 from jax_mps.plan.tensors import TensorType
 from jax_mps.plan.trips import SMALL_ROW, Condition, Counter, Row
@@ -56,7 +56,6 @@ _EVALUATE_OPS = 640
 _EVALUATE_KERNELS, _UNDER_WAY = 96, 8
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Loop(Segment):
     """A `while`: the carry first, then what condition and body capture.
 
@@ -138,7 +137,7 @@ class Loop(Segment):
 
     def bind(self, markers: Mapping[str, str]) -> Loop:
         fused, chunk = (b and b.bind(markers) for b in (self.fused, self.chunk))
-        return replace(self, cond=self.cond.bind(markers), body=self.body.bind(markers), fused=fused, chunk=chunk)
+        return self.replaced(cond=self.cond.bind(markers), body=self.body.bind(markers), fused=fused, chunk=chunk)
 
     def to_manifest(self) -> Manifest:
         counter = self.counter and [self.counter.position, self.counter.step, self.counter.direction, self.counter.bound, self.counter.bound_carry]
@@ -155,8 +154,7 @@ class Loop(Segment):
         return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
+class Ahead(Record):
     """Iterations that run before it is known whether the one before them was the last. `chunk` runs `length` of them and returns the carry,
     then what tells of the end, iteration by iteration; on a GPU, the next chunk is started before this is read. Nobody sees what ran beyond the
     end: the body has no effects, and the last iterations are run again, from where their chunk began.
@@ -194,7 +192,6 @@ class Ahead:
         return carry
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Until(Segment):
     """A `while` whose condition the host answers from a few scalars. It reads the carries that the body keeps, those that only count
     (`counters`: position, step), which the body never sees, and captures; it writes all carries. `chunk`, if there is one, runs `chunk_length`
@@ -249,7 +246,7 @@ class Until(Segment):
         return [self, *(s for b in (self.body, self.chunk) if b is not None for s in b.walk())]
 
     def bind(self, markers: Mapping[str, str]) -> Until:
-        return replace(self, body=self.body.bind(markers), chunk=self.chunk and self.chunk.bind(markers))
+        return self.replaced(body=self.body.bind(markers), chunk=self.chunk and self.chunk.bind(markers))
 
     def to_manifest(self) -> Manifest:
         fields = {"kept": list(self.kept), "counters": [list(c) for c in self.counters], "types": list(self.kinds)}
@@ -320,7 +317,6 @@ class _Stack:
         self.target[(slice(None),) * axis + (slice(begin, end),)] = piece
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Scan(Segment):
     """A loop whose counter is known (plan/scans.py). It reads the carries that its body keeps, those that it stacks rows in, the arrays that it
     takes rows of, and captures; it writes all carries of the `while`.
@@ -404,7 +400,7 @@ class Scan(Segment):
 
     def bind(self, markers: Mapping[str, str]) -> Scan:
         body, chunk = (b and b.bind(markers) for b in (self.body, self.chunk))
-        return replace(self, body=body, chunk=chunk)
+        return self.replaced(body=body, chunk=chunk)
 
     def to_manifest(self) -> Manifest:
         blocks = {n: b and b.to_manifest() for n, b in (("body", self.body), ("chunk", self.chunk))}
@@ -466,7 +462,6 @@ def ops_of(block: Block) -> int:
     return 1 + sum(n.segment.width for n in block.nodes if isinstance(n.segment, Device))
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Branch(Segment):
     """A `case` or `if`: reads the index (or predicate: true is arm 0) and runs one arm. Out of range means the last arm."""
 

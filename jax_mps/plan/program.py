@@ -11,7 +11,6 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from jax_mps import blas, runtime
 from jax_mps._shim import ffi, lib
 from jax_mps.counters import count
+from jax_mps.plan.record import Record
 from jax_mps.plan.segments import Block, Callback, Device, Host, Manifest, Segment, type_from_json, type_to_json
 from jax_mps.plan.tensors import Layout, Layouts, Memories, TensorType
 
@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # of the manifest; raise it when its meaning changes
 
 
-@dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
-class Program:
+class Program(Record):
     """A translated program. `block` runs it; `manifest` and `files` are what the cache keeps."""
 
     name: str
@@ -41,7 +40,7 @@ class Program:
     effects: bool
     memories: Memories = ((), ())  # of parameters and results, as in Plan
     layouts: Layouts = ((), ())
-    manifest: Manifest = field(default_factory=dict)
+    manifest: Manifest = {}  # noqa: RUF012  (given anew, never changed)
     source: Program | None = None  # what `bind` made it from, alive with it so that the next one like it is made from that, too
 
     @property
@@ -89,7 +88,7 @@ class Program:
         Raises:
             KeyError: a callback that `markers` does not name.
         """
-        return replace(self, block=self.block.bind(markers), source=self) if markers else self
+        return self.replaced(block=self.block.bind(markers), source=self) if markers else self
 
     @property
     def host_segments(self) -> list[Host]:

@@ -9,7 +9,6 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from jax_mps._shim import lib
 from jax_mps.counters import count
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.plan import fusion
+from jax_mps.plan.record import Record
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Files(Protocol):
         """A large constant on the device, one per process."""
 
 
-class Segment(ABC):
+class Segment(Record, ABC):
     """One node of a program. `run` takes the values it reads and returns those it writes."""
 
     @abstractmethod
@@ -114,8 +114,7 @@ def _view(value: mx.array) -> np.ndarray[Any, Any]:
 # ---- blocks ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Node:
+class Node(Record):
     """A segment and its slots in the block's table of values; `last` are the slots that nobody reads after it."""
 
     segment: Segment
@@ -124,8 +123,7 @@ class Node:
     last: tuple[int, ...] = ()
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Block:
+class Block(Record):
     """Nodes in order over a table of values: inputs first, then what nodes write."""
 
     inputs: int
@@ -133,7 +131,7 @@ class Block:
     nodes: list[Node]
     outputs: tuple[int, ...]
 
-    def __post_init__(self) -> None:
+    def _made(self) -> None:
         seen: set[int] = set(self.outputs)
         for node in reversed(self.nodes):
             node.last = tuple(s for s in dict.fromkeys(node.reads) if s not in seen)
@@ -191,7 +189,6 @@ def _slots(values: Sequence[Any], limit: int) -> tuple[int, ...]:
 # ---- device ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Device(Segment):
     """A straight line of MLX ops: one imported function. `constants` are (digest, type) of its leading inputs.
 
@@ -290,7 +287,6 @@ class Device(Segment):
 # ---- host ------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Host(Segment):
     """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device; `joined` of its ops are there only since they
     are small (`boundary`). work: microseconds that it takes, roughly; None if nothing bounds them."""
@@ -329,7 +325,6 @@ class Host(Segment):
         return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), joined, work, files)
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Callback(Segment):
     """A custom call that runs a user's Python (calls/callbacks.py) on NumPy arrays."""
 
@@ -351,7 +346,7 @@ class Callback(Segment):
         return self.target == callbacks.TARGET
 
     def bind(self, markers: Mapping[str, str]) -> Callback:
-        return replace(self, config=markers[self.config]) if self.is_python else self
+        return self.replaced(config=markers[self.config]) if self.is_python else self
 
     def to_manifest(self) -> Manifest:
         inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
