@@ -125,7 +125,7 @@ def _affine(polynomial: Polynomial, rows: _Rows) -> dict[str, Value] | None:
     """Scale and bias, as far as there are any, of C R scale + bias; None if it is not that."""
     found: dict[str, Value] = {}
     normalised = False
-    for term, factor in polynomial.items():
+    for term, factor in (polynomials.settled(polynomial) or {}).items():
         vectors = tuple(part for part in term if part[0][0] == "v")
         rest = tuple(part for part in term if part[0][0] != "v")
         if abs(factor - 1) > CLOSE or rest not in ((), _NORMALISED) or not term or [power for _, power in vectors] not in ([], [1]):
@@ -353,20 +353,32 @@ def _is_variance(polynomial: Polynomial, rows: _Rows) -> bool:
     return equal(add(polynomial, {(): rows.eps}), _SQUARE)
 
 
+_ABOVE = {"GT": True, "GE": True, "NE": True, "EQ": False, "LT": False, "LE": False}  # of a number above 0, compared with 0
+_TURNED = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}
+
+
 def _truth(step: Step, rows: _Rows, scope: Scope) -> bool | None:
-    """Whether a variance that was kept from below 0 is what it was before (it is), or is 0: where that is so, what it decides on is multiplied
-    by rows less their mean, which are 0."""
-    for one, other in (step.operands, step.operands[::-1]):
-        if other in rows.clamped and step.comparison_direction == "EQ":
-            if splat(one, scope) == 0.0:
-                return False
-            return True if _is_variance(rows.known.get(one, {}), rows) else None
+    """What a comparison of a variance with 0, or with itself kept from below 0, says of rows that are not all the same."""
+    direction = step.comparison_direction
+    for one, other, how in ((*step.operands, direction), (*step.operands[::-1], _TURNED.get(direction, direction))):
+        varies = one in rows.clamped or _is_variance(rows.known.get(one, {}), rows)
+        if varies and splat(other, scope) == 0.0:
+            return _ABOVE[how]
+        if varies and other in rows.clamped and how == "EQ":
+            return True
     return None
 
 
 def _choice(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
-    truth = rows.truths.get(step.operands[0], splat(step.operands[0], scope))
-    return None if truth is None else rows.polynomial(step.operands[1 if truth else 2], scope)
+    """Of numbers, by what is known of all rows but those that are all the same; or by a constant."""
+    truth = rows.truths.get(step.operands[0])
+    if truth is None:
+        always = splat(step.operands[0], scope)
+        return None if always is None else rows.polynomial(step.operands[1 if always else 2], scope)
+    chosen = rows.polynomial(step.operands[1 if truth else 2], scope)
+    if chosen is None or any(symbol not in "TZ" for term in chosen for symbol, _ in term):
+        return None
+    return polynomials.multiply(chosen, {(("T", 1),): 1.0}) if chosen else {(("Z", 1),): 1.0}
 
 
 _READERS = {
@@ -457,8 +469,10 @@ def _is_sum(step: Step, scope: Scope) -> bool:
 def _matched(polynomial: Polynomial, rows: _Rows) -> tuple[Monomial, Monomial, list[Value]] | None:
     """u and w, of the gradient of the rows w (R u - R mean(u) - C R^3 mean(C u)) (without the second term where the mean is left alone), and the
     arrays that are added to it."""
-    if not any(("R", 3) in term for term in polynomial):
+    found = polynomials.settled(polynomial) if any(("R", 3) in term for term in polynomial) else None
+    if found is None:
         return None
+    polynomial = found
     starts = [t for t in polynomial if ("R", 1) in t and all(s == "R" or s[0] in "uvw" for s, _ in t) and any(s[0] in "uv" for s, _ in t)]
     if len(starts) != 1:
         return None

@@ -1,7 +1,8 @@
 """What is computed from the rows of one array, as polynomials: two ways to write a gradient are one polynomial.
 
 Symbols of the elements of a row: "C", the row less its mean (or the row itself); "u1", "v1", another array (a vector, the same for all rows).
-Symbols of whole rows: "M", its mean; "R", 1 / sqrt(mean(C^2) + eps); "S..." the sum of a product of elements.
+Symbols of whole rows: "M", its mean; "R", 1 / sqrt(mean(C^2) + eps); "S..." the sum of a product of elements; "T", 1 unless all of C is 0,
+and "Z", 0 unless it is, where nobody knows (`settled`).
 """
 
 from __future__ import annotations
@@ -66,13 +67,25 @@ def inverse(p: Polynomial) -> Polynomial | None:
     if len(p) != 1:
         return None
     ((term, factor),) = p.items()
-    if not factor or any(is_of_elements(symbol) for symbol, _ in term):
+    if not factor or any(is_of_elements(symbol) or symbol == "Z" for symbol, _ in term):
         return None
-    return {tuple((s, -power) for s, power in term): 1 / factor}
+    return {tuple((s, power if s == "T" else -power) for s, power in term): 1 / factor}
 
 
 def equal(p: Polynomial, q: Polynomial) -> bool:
     return p.keys() == q.keys() and all(abs(p[t] - q[t]) <= CLOSE * abs(q[t]) for t in p)
+
+
+def settled(p: Polynomial) -> Polynomial | None:
+    """p without "T" and "Z", which mean nothing beside C; None if one is where C is not."""
+    total: Polynomial = {}
+    for term, factor in p.items():
+        symbols = dict(term)
+        if ("T" in symbols or "Z" in symbols) and "C" not in symbols:
+            return None
+        if "Z" not in symbols:
+            total = add(total, {tuple(part for part in term if part[0] != "T"): factor})
+    return total
 
 
 def row_sum(p: Polynomial, size: int, eps: float, *, centred: bool) -> Polynomial:

@@ -428,3 +428,27 @@ def running(x, s, b):
 def test_near_misses_of_batch_norm(norm) -> None:
     case = Case("near", train_batch(norm), (IMAGES, GI, *R.normal(size=(2, 7)).astype(np.float32)))
     assert "channel_norm_gradient" not in fused(rewrite(plan_of(case)))
+
+
+@pytest.mark.parametrize("told", [lambda v: v == 0, lambda v: v > 0, lambda v: v <= 0], ids=["is 0", "is above", "is not above"])
+@pytest.mark.parametrize("branch", ["rows", "numbers"])
+def test_what_rows_without_variance_are_given(told, branch) -> None:
+    """A choice by the variance is looked through only where it is multiplied by rows less their mean; other choices stay."""
+
+    def program(x, s, b):
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.broadcast_to(jnp.maximum(0.0, (x * x).mean(-1, keepdims=True) - mean * mean), x.shape)
+        normed = (x - mean) * lax.rsqrt(variance + 1e-5) * s
+        if branch == "rows":
+            return jnp.where(told(variance), normed + b, 5.0), jnp.where(told(variance), 5.0, normed + b)
+        return normed + b * jnp.where(told(variance), 1.0, 3.0), normed + b * jnp.where(told(variance), 3.0, 1.0)
+
+    x = np.random.default_rng(5).integers(-4, 5, (6, 8)).astype("float32")
+    x[1], x[4] = 2, 0  # exact: their variance is 0
+    case = Case("told", program, (x, S[:8] if S.size >= 8 else np.ones(8, "float32"), np.full(8, 2, "float32")))
+    found = []
+    for rewritten in (True, False):
+        plan, run, arguments = lowered(case, rewritten=rewritten)
+        found.append(results_of(plan, run(*arguments), case))
+    for ours, wanted in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-5)
