@@ -103,13 +103,17 @@ def _label(segment: Json) -> str:
         case "callback":
             return f"callback into Python\n{segment['target']}"
         case "loop":
-            return f"loop, {'counted' if segment['counter'] else 'until its condition fails'}\n{segment['carry']} values carried"
+            return f"loop, {'counted' if segment['counter'] else 'until its condition fails'}\n{segment['carry']} values carried{_rest(segment)}"
         case "until":
-            return f"loop, until its condition fails\n{len(segment['kept'])} values carried"
+            return f"loop, until its condition fails\n{len(segment['kept'])} values carried{_rest(segment)}"
         case "scan":
             return f"loop, {segment['trips']} times\n{len(segment['kept'])} values carried"
         case kind:
             return str(kind)
+
+
+def _rest(loop: Json) -> str:
+    return f"\nafter {loop['rest']['patience']} iterations on the host" if loop.get("rest") else ""
 
 
 def _type(kind: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ from jax_mps.errors import InvalidOption
 
 _CHOICES = {
     "JAX_MPS_DEVICE": ("auto", "cpu", "gpu"),
-    "JAX_MPS_HOST": ("allow", "error"),
+    "JAX_MPS_HOST": ("allow", "needed", "error"),
     "JAX_MPS_COMPILE": ("auto", "0", "1"),
 }
 _COUNT, _MOST = "JAX_MPS_NUM_DEVICES", 1024
@@ -20,9 +20,9 @@ _COUNT, _MOST = "JAX_MPS_NUM_DEVICES", 1024
 class Settings(NamedTuple):
     """What the user chose.
 
-    device: MLX's device, `auto` for its default. host: `error` refuses what MLX cannot run. compile: `1` for `mx.compile` from the second
-    call; `auto` for on a GPU only, large programs later (on CPU it runs g++ for 1-2 s a kernel). num_devices: how many devices JAX sees, all of
-    them MLX's one; None for JAX's own way of saying so (`compat.device_count`).
+    device: MLX's device, `auto` for its default. host: `needed` sends no loop there only because it is faster there, `error` refuses what MLX
+    cannot run, too. compile: `1` for `mx.compile` from the second call; `auto` for on a GPU only, large programs later (on CPU it runs g++ for
+    1-2 s a kernel). num_devices: how many devices JAX sees, all of them MLX's one; None for JAX's own way of saying so (`compat.device_count`).
     """
 
     device: str = "auto"

@@ -109,6 +109,7 @@ _LEAF = {"inputs": 1, "slots": 2, "outputs": [1]}
 _DEVICE = {"kind": "device", "ops": 7}
 _BODY = _LEAF | {"nodes": [{"segment": {"kind": "host", "reasons": ['a "reason"']}, "reads": [0], "writes": [1]}]}
 _LOOP = {"kind": "loop", "cond": _LEAF | {"nodes": [{"segment": _DEVICE, "reads": [0], "writes": [1]}]}, "body": _BODY, "counter": None, "carry": 1}
+_LOOP["rest"] = {"patience": 70, "host": {}}
 GRAPH = {
     "name": "jit_loop",
     "parameters": [_TYPE],
@@ -121,7 +122,7 @@ def test_show_as_a_graph(store: Store, said: Any, monkeypatch: pytest.MonkeyPatc
     store.put(key(("module", "x")), {"program": GRAPH, "summary": {"name": "jit_loop"}}, {}, {})
     code, text = said("cache", "show", "jit_loop", "--dot")
     assert code == 0
-    for part in ('label="jit_loop"', "7 ops", r'host (XLA CPU)\na \"reason\"', 'label="float32[2,3]"', "subgraph cluster_n2_body"):
+    for part in ('label="jit_loop"', "after 70 iterations", "7 ops", r'host (XLA CPU)\na \"reason\"', 'label="float32[2,3]"', "subgraph cluster_n2_body"):
         assert part in text
     assert text.count("{") == text.count("}")
     assert said("cache", "show", "jit_loop", "--dot", "--json")[1]["dot"] == text

@@ -1,7 +1,8 @@
-"""What a change between device and host costs, and which steps therefore go to the host with their neighbours.
+"""What a change between device and host costs, and which steps therefore go to the host although the device could run them.
 
 A boundary is worth as many ops as it was measured to cost: tiny steps between two host steps, or only before or after one, are computed
-there too, and so is a loop of tiny steps. Work on large arrays never moves, and nothing does in a program that the device can run alone.
+there too, and so is a loop of tiny steps. Long loops of tiny steps go there by themselves, where driving them would take ten times as long as
+they take XLA, boundary included. Work on large arrays never moves, nor does anything else in a program that the device can run alone.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ _IN_PLACE = frozenset(["stablehlo.dynamic_update_slice", "stablehlo.scatter"])
 _PRODUCTS = frozenset(["stablehlo.dot_general", "stablehlo.dot", "stablehlo.convolution"])
 # A loop whose trip count is not known is taken to run so often: whether it moves hardly depends on it.
 _TRIPS = 16
+# A loop goes to the host by itself if it takes at most this share of the time there, and so long on the device that XLA's compiler (50-200 ms,
+# once a machine) is repaid within a dozen runs. An op on a number takes XLA 8 ns where it is fused, some ten times that where not.
+_FAR_FASTER, _LONG = 0.1, 10e3
+_OP_OF_XLA = 0.025  # of what it takes to drive it
 
 Group = tuple[str, list[Step]]  # a kind of segment and its steps
 
@@ -110,6 +115,25 @@ class Judge:
         """Whether a loop or branch of these steps, some of which need the host, has less work beside them than a boundary costs each time."""
         boundary = self.costs.call + self.costs.segment + self.costs.wait
         return bool(refused) and sum(self.work(s) for s in inner if s not in refused) < boundary
+
+    def is_far_faster(self, loop: Step) -> bool:
+        """Whether the host runs a loop in far less time than it takes to drive it through the device."""
+        driving, moved = self.driving(loop), self.moving(loop)
+        return driving > _LONG and moved + self.work(loop) + driving * _OP_OF_XLA < _FAR_FASTER * driving
+
+    def patience(self, loop: Step) -> int | None:
+        """Iterations after which the host had better run the rest of a loop; None for never."""
+        if self.trips(loop) is not None:
+            return 0 if self.is_far_faster(loop) else None
+        driving, work = self.driving(loop) / _TRIPS, self.work(loop) / _TRIPS
+        if self.moving(loop) > _FAR_FASTER * _LONG or work + driving * _OP_OF_XLA > _FAR_FASTER * driving:
+            return None
+        return math.ceil(_LONG / driving)
+
+    def moving(self, loop: Step) -> float:
+        """What it takes to run a loop on the host between two device segments, its own work left out."""
+        moved = _nbytes(set(loop.reads())) + _nbytes(loop.results)
+        return self.costs.call + self.costs.segment + self.costs.wait + moved * self.costs.megabyte / 1e6
 
     def bound(self, steps: Iterable[Step]) -> int | None:
         """Microseconds that a host region takes, if its ops are known and its loops counted."""

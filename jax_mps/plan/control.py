@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
 from jax_mps.plan.record import Record
-from jax_mps.plan.segments import Block, Device, Files, Manifest, Segment, to_device, type_from_json, type_to_json
+from jax_mps.plan.segments import Block, Device, Files, Host, Manifest, Segment, to_device, to_host, type_from_json, type_to_json
 from jax_mps.plan.tensors import TensorType
 from jax_mps.plan.trips import SMALL_ROW, Condition, Counter, Row
 
@@ -56,12 +57,49 @@ _EVALUATE_OPS = 640
 _EVALUATE_KERNELS, _UNDER_WAY = 96, 8
 
 
+# Iterations of the first call of a loop's rest; and how long a call should take at least, which is how late Ctrl-C may be noticed.
+_SLICE, _SLICE_SECONDS = 1 << 10, 0.05
+_MOST_ITERATIONS = 1 << 30
+
+
+class Rest(Record):
+    """What runs the rest of a loop after so many iterations on the device: a function on the host, from the whole carry, the captures and a
+    limit to the carry after at most so many iterations more, and their number. What ends before never gets there, and nothing is compiled for it.
+    """
+
+    host: Host
+    patience: int
+
+    def run(self, values: list[Any]) -> Sequence[Any]:
+        """The last carry, from a carry and captures."""
+        from jax_mps.plan.show import announce
+
+        announce(self.host.reasons)
+        carried, seen, limit = len(self.host.outputs) - 1, lib.shim_interrupts(), _SLICE
+        carry, captures = values[:carried], to_host(values[carried:])
+        while True:
+            start = time.monotonic()
+            *carry, trips = self.host.run([*carry, *captures, np.asarray(limit, np.int32)])
+            if trips < limit:
+                return carry
+            settle([], seen)
+            if time.monotonic() - start < _SLICE_SECONDS:
+                limit = min(4 * limit, _MOST_ITERATIONS)
+
+    def to_manifest(self) -> Manifest:
+        return {"host": self.host.to_manifest(), "patience": self.patience}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest | None, files: Files) -> Rest | None:
+        return None if manifest is None else cls(Host.from_manifest(manifest["host"], files), int(manifest["patience"]))
+
+
 class Loop(Segment):
     """A `while`: the carry first, then what condition and body capture.
 
     With a counter, the trip count is computed from the carry and the predicate is never read; `chunk` runs `chunk_length` iterations at
     once. Without, `fused` gives the next carry and predicate together where the body is one device segment, and `chunk` the predicates of so
-    many iterations.
+    many iterations. `rest`, if there is one, takes over when the loop goes on and on.
     """
 
     carry: int
@@ -73,6 +111,7 @@ class Loop(Segment):
     counter: Counter | None = None
     bound_capture: int | None = None  # position among the captures
     kind: str = "int32"  # the counter's type
+    rest: Rest | None = None
 
     def run(self, values: list[Any]) -> Sequence[Any]:
         captures = values[self.carry :]
@@ -100,7 +139,9 @@ class Loop(Segment):
         trips = counter.trips(start, bound)
         return trips if info.min <= start + trips * counter.step <= info.max else None
 
-    def counted(self, values: list[Any], captures: list[Any], trips: int) -> list[Any]:
+    def counted(self, values: list[Any], captures: list[Any], trips: int) -> Sequence[Any]:
+        if self.rest is not None and trips > self.rest.patience:
+            return self.rest.run(values + captures)
         carry = list(values)
         values.clear()  # nobody else may hold a carry: its memory is the next one's
         seen, pace = lib.shim_interrupts(), Pace()
@@ -112,15 +153,19 @@ class Loop(Segment):
                 pace.settle(carry, seen)
         return carry
 
-    def tested(self, values: list[Any], captures: list[Any]) -> list[Any]:
+    def tested(self, values: list[Any], captures: list[Any]) -> Sequence[Any]:
         carry = list(values)
         values.clear()
         seen = lib.shim_interrupts()
         going = read_scalar(self.cond.run(carry + captures)[0])
-        trips = 0
+        trips, patience = 0, self.rest.patience if self.rest is not None else None
         while going:
+            if self.rest is not None and trips >= self.rest.patience:
+                return self.rest.run(carry + captures)
             if self.counter is None and self.chunk is not None and 2 * trips >= self.chunk_length:
-                return Ahead(self.chunk, self.chunk_length, self.body, captures, seen).run(carry, lambda trip, predicates: predicates[0])[0]
+                ahead = Ahead(self.chunk, self.chunk_length, self.body, captures, seen)
+                carry, trips, going = ahead.run(carry, lambda trip, predicates: predicates[0], trips, patience)
+                continue
             if self.fused is not None:
                 *carry, predicate = self.fused.run(carry + captures)
             else:
@@ -143,7 +188,7 @@ class Loop(Segment):
         counter = self.counter and [self.counter.position, self.counter.step, self.counter.direction, self.counter.bound, self.counter.bound_carry]
         blocks = {n: b and b.to_manifest() for n, b in (("cond", self.cond), ("body", self.body), ("fused", self.fused), ("chunk", self.chunk))}
         fields = {"carry": self.carry, "chunk_length": self.chunk_length, "bound_capture": self.bound_capture, "type": self.kind}
-        return {"kind": "loop", **blocks, **fields, "counter": counter}
+        return {"kind": "loop", **blocks, **fields, "counter": counter, "rest": self.rest and self.rest.to_manifest()}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Loop:
@@ -151,7 +196,8 @@ class Loop(Segment):
         fused, chunk = (manifest[n] and Block.from_manifest(manifest[n], files) for n in ("fused", "chunk"))
         counter = manifest["counter"] and Counter(*manifest["counter"])
         length, capture = int(manifest["chunk_length"]), manifest["bound_capture"]
-        return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]))
+        rest = Rest.from_manifest(manifest["rest"], files)
+        return cls(int(manifest["carry"]), cond, body, fused, chunk, length, counter, capture, str(manifest["type"]), rest)
 
 
 class Ahead(Record):
@@ -166,8 +212,9 @@ class Ahead(Record):
     captures: list[Any]
     seen: int
 
-    def run(self, carry: list[Any], goes_on: Callable[[int, list[Any]], bool], trips: int = 0) -> tuple[list[Any], int]:
-        """From a carry after so many iterations that goes on to the last one, and their number then; goes_on(trips, told) is asked after each."""
+    def run(self, carry: list[Any], goes_on: Callable[[int, list[Any]], bool], trips: int, patience: int | None) -> tuple[list[Any], int, bool]:
+        """From a carry after so many iterations that goes on to the last one, their number then, and whether the loop goes on still, after
+        `patience` of them or more; goes_on(trips, told) is asked after each."""
         early = runtime.device_kind() != "cpu"
         after, told = self.start(carry)
         while True:
@@ -176,8 +223,10 @@ class Ahead(Record):
             each = len(numbers) // self.length
             for trip in range(self.length):
                 if not goes_on(trips + trip + 1, numbers[trip * each : (trip + 1) * each]):
-                    return (after if trip + 1 == self.length else self.again(carry, trip + 1)), trips + trip + 1
+                    return (after if trip + 1 == self.length else self.again(carry, trip + 1)), trips + trip + 1, False
             trips += self.length
+            if patience is not None and trips >= patience:
+                return after, trips, True
             carry, (after, told) = after, following or self.start(after)
 
     def start(self, carry: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -195,7 +244,7 @@ class Ahead(Record):
 class Until(Segment):
     """A `while` whose condition the host answers from a few scalars. It reads the carries that the body keeps, those that only count
     (`counters`: position, step), which the body never sees, and captures; it writes all carries. `chunk`, if there is one, runs `chunk_length`
-    iterations, and returns what the condition reads after each, too.
+    iterations, and returns what the condition reads after each, too. `rest` as in Loop.
     """
 
     kept: tuple[int, ...]
@@ -205,6 +254,7 @@ class Until(Segment):
     body: Block
     chunk: Block | None
     chunk_length: int
+    rest: Rest | None
 
     def run(self, values: list[Any]) -> Sequence[Any]:
         kept, counted = len(self.kept), len(self.kept) + len(self.counters)
@@ -215,7 +265,7 @@ class Until(Segment):
         outside = {i: read_number(captures[i]) for i in self.condition.captures()}
         seen = lib.shim_interrupts()
         lib.shim_watch_interrupts(1)
-        trips = 0
+        trips, patience = 0, self.rest.patience if self.rest is not None else None
 
         def goes_on(trips: int, numbers: Sequence[Any]) -> bool:
             known = {p: number for (p, _), number in zip(places, numbers, strict=True)}
@@ -223,16 +273,16 @@ class Until(Segment):
             return self.condition.holds(known, outside)
 
         try:
-            numbers = [read_number(carry[i]) for _, i in places]
-            while goes_on(trips, numbers):
+            going = goes_on(trips, [read_number(carry[i]) for _, i in places])
+            while going and (patience is None or trips < patience):
                 if self.chunk is not None and 2 * trips >= self.chunk_length:
                     ahead = Ahead(self.chunk, self.chunk_length, self.body, captures, seen)
-                    carry, trips = ahead.run(carry, goes_on, trips)
-                    break
+                    carry, trips, going = ahead.run(carry, goes_on, trips, patience)
+                    continue
                 carry = self.body.run(carry + captures)
                 settle(carry, seen)
                 trips += 1
-                numbers = [read_number(carry[i], started=True) for _, i in places]
+                going = goes_on(trips, [read_number(carry[i], started=True) for _, i in places])
         finally:
             lib.shim_watch_interrupts(0)
         results = dict(zip(self.kept, carry, strict=True))
@@ -240,7 +290,8 @@ class Until(Segment):
             for value, (position, step) in zip(counts, self.counters, strict=True):
                 kind = self.kinds[position]
                 results[position] = to_device(value, kind) + mx.array(_wrapped(trips * step, kind), MX[kind])
-        return [results[i] for i in range(len(results))]
+        everything = [results[i] for i in range(len(results))]
+        return self.rest.run(everything + captures) if going and self.rest is not None else everything
 
     def walk(self) -> Sequence[Segment]:
         return [self, *(s for b in (self.body, self.chunk) if b is not None for s in b.walk())]
@@ -251,7 +302,8 @@ class Until(Segment):
     def to_manifest(self) -> Manifest:
         fields = {"kept": list(self.kept), "counters": [list(c) for c in self.counters], "types": list(self.kinds)}
         blocks = {n: b and b.to_manifest() for n, b in (("body", self.body), ("chunk", self.chunk))}
-        return {"kind": "until", **blocks, **fields, "condition": [list(t) for t in self.condition.terms], "chunk_length": self.chunk_length}
+        fields |= {"condition": [list(t) for t in self.condition.terms], "chunk_length": self.chunk_length}
+        return {"kind": "until", **blocks, **fields, "rest": self.rest and self.rest.to_manifest()}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Until:
@@ -260,7 +312,8 @@ class Until(Segment):
         kept = tuple(int(i) for i in manifest["kept"])
         kinds, length = tuple(map(str, manifest["types"])), int(manifest["chunk_length"])
         chunk = manifest["chunk"] and Block.from_manifest(manifest["chunk"], files)
-        return cls(kept, counters, kinds, condition, Block.from_manifest(manifest["body"], files), chunk, length)
+        body, rest = Block.from_manifest(manifest["body"], files), Rest.from_manifest(manifest["rest"], files)
+        return cls(kept, counters, kinds, condition, body, chunk, length, rest)
 
 
 def _wrapped(value: int, kind: str) -> int:

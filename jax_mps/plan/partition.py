@@ -26,18 +26,23 @@ MAX_DEPTH = 4000
 SELECT_BUDGET = 8
 
 _CONTROL = frozenset(["stablehlo.while", "stablehlo.case", "stablehlo.if"])
+# A loop that the host may run as it is, without a look whether somebody wants to end it: microseconds, by an estimate.
+MAX_UNINTERRUPTED = 100_000
+_FASTER = "so many tiny steps take XLA a tenth of the time"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What can run where: `refusal` says why a step cannot run on the device (None if it can), `host_kind` how the host would run it
-    ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error; `costs` weigh a boundary between the two.
+    ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error; `lend_loops` lets loops go to the host that it runs
+    far faster; `costs` weigh a boundary between the two.
     `define` is told of the steps of a block before it is asked about them; `chunk_steps` is how many a chunk of iterations has at most."""
 
     refusal: Callable[[Step], str | None]
     host_kind: Callable[[Step], str | None]
     define: Callable[[Iterable[Step]], None] = lambda steps: None
     forbid_host: bool = False
+    lend_loops: bool = False
     costs: Costs = COSTS["cpu"]
     chunk_steps: int = loops.CHUNK_BUDGET
 
@@ -65,6 +70,8 @@ class Draft:
     condition: Condition | None = None
     kept: tuple[int, ...] = ()
     counters: tuple[tuple[int, int], ...] = ()
+    rest: Draft | None = None  # a host node that runs a loop after so many iterations
+    patience: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -220,6 +227,9 @@ class _Cutter:
             if self.mostly_host(step):
                 reasons[step] = "most of its body runs on the host"
                 return "host"
+            if self.lent(step):
+                reasons[step] = _FASTER
+                return "host"
             return "loop" if step.name == "stablehlo.while" else "branch"
         reason = self.refusal(step)
         if reason is None:
@@ -252,6 +262,26 @@ class _Cutter:
         refused = {s for s in inner if self.is_refused(s)}
         return 2 * len(refused) > len(inner) or self.judge.is_light(inner, refused)
 
+    def lent(self, step: Step) -> bool:
+        """Whether a loop that the device could run goes to the host as it is, for its speed."""
+        work = self.judge.bound([step]) if self.lendable(step) and self.judge.is_far_faster(step) else None
+        return work is not None and work <= MAX_UNINTERRUPTED
+
+    def lendable(self, step: Step) -> bool:
+        return self.target.lend_loops and step.name == "stablehlo.while" and self.judge.movable(step)
+
+    def lend_rest(self, draft: Draft, step: Step, captures: tuple[Value, ...]) -> None:
+        """Have the host run what is left of a loop, if it goes on and on: from the carry as it is then, the captures, and a number of iterations."""
+        patience = self.judge.patience(step) if self.lendable(step) else None
+        if patience is None:
+            return
+        steps, limit = loops.sliced(step)
+        copies = [self.constant_steps[v] for v in _constants_read(steps, (), self.constant_steps)]
+        carry = steps[-1].operands[:-1]
+        why = f"{step.key}: {_FASTER}" + (f", after {patience} iterations" if patience else "")
+        draft.rest = Draft("host", [*copies, *steps], reads=(*carry, *captures, limit), writes=steps[-1].results, reasons=(why,))
+        draft.patience = patience
+
     def draft(self, kind: str, group: list[Step], reasons: dict[Step, str]) -> Draft:
         if kind == "loop":
             return self.loop(group[0])
@@ -280,7 +310,8 @@ class _Cutter:
 
     def loop(self, step: Step) -> Draft:
         constants = {v: s.value for v, s in self.constant_steps.items()}
-        scan = scans.find_scan(step, constants, live_steps)
+        handed_over = self.lendable(step) and self.judge.patience(step) == 0
+        scan = None if handed_over else scans.find_scan(step, constants, live_steps)
         if scan is not None:
             return self.scan(step, scan)
         cond, body = step.regions
@@ -293,6 +324,7 @@ class _Cutter:
         draft.reads = step.operands + captures
         draft.body = self.inner().block(body, captures)
         draft.cond = self.inner().block(cond, captures)
+        self.lend_rest(draft, step, captures)
         if counter is None:
             both = loops.fused(cond, body)
             fused = self.inner().block(both, captures)
@@ -330,6 +362,7 @@ class _Cutter:
         reads = tuple(step.operands[i] for i in (*kept, *counters)) + captures
         draft = Draft("until", [], reads=reads, writes=step.results, carry=len(kept), condition=condition, kept=kept, counters=tuple(counters.items()))
         draft.body = self.inner().block(slim, captures)
+        self.lend_rest(draft, step, captures)
         watched = tuple(slim.results[kept.index(p)] for p in condition.carries() if p in kept)
         self.foretell(draft, replace(slim, results=slim.results + watched), captures)
         return draft

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jax_mps.plan.program import Program
 from jax_mps.plan.segments import Block, Callback, Device, Host, Segment
@@ -15,8 +15,13 @@ log = logging.getLogger(__name__)
 def announce_host(program: Program) -> None:
     """Log what of a program runs on the host, each reason once a process, whether it was translated or loaded."""
     for segment in program.host_segments:
-        for reason in segment.reasons:
-            _log_once(reason)
+        announce(segment.reasons)
+
+
+def announce(reasons: Iterable[str]) -> None:
+    """Log why something runs on the host, each reason once a process."""
+    for reason in reasons:
+        _log_once(reason)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,8 +54,7 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             yield f"{indent}device: {segment.ops} ops"
         case Host():
             yield f"{indent}host (XLA CPU): {len(segment.inputs)} in, {len(segment.outputs)} out"
-            for reason in segment.reasons:
-                yield f"{indent}    because {reason}"
+            yield from (f"{indent}    because {reason}" for reason in segment.reasons)
             if segment.joined:
                 yield f"{indent}    with {segment.joined} ops beside them that take less time than a boundary"
         case Callback():
@@ -61,6 +65,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             if segment.chunk:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             yield from _block(segment.body, indent + "  ")
+            if segment.rest:
+                yield f"{indent}  after {segment.rest.patience} iterations, the rest on the host (XLA CPU)"
         case Scan():
             taken = f"rows of {len(segment.sources)} arrays taken, of {len(segment.stacks)} stacked"
             yield f"{indent}loop, {segment.trips} times, {len(segment.kept)} values carried, {taken}"
@@ -73,6 +79,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             if segment.chunk:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             yield from _block(segment.body, indent + "  ")
+            if segment.rest:
+                yield f"{indent}  after {segment.rest.patience} iterations, the rest on the host (XLA CPU)"
         case Branch():
             yield f"{indent}branch of {len(segment.arms)}"
             for number, arm in enumerate(segment.arms):

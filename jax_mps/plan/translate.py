@@ -65,7 +65,8 @@ def target(lowerer: Lowerer) -> Target:
 
     kind = runtime.device_kind()
     steps = loops.CHUNK_BUDGET if kind == "cpu" else _CHUNK_ON_GPU
-    return Target(lowerer.refusal, host_kind, lowerer.define, settings().host == "error", COSTS[kind], steps)
+    host = settings().host
+    return Target(lowerer.refusal, host_kind, lowerer.define, host == "error", host == "allow", COSTS[kind], steps)
 
 
 def claims(step: Step) -> bool:
@@ -155,7 +156,11 @@ class _Assembler:
             counter=counter,
             bound_capture=position,
             kind=draft.writes[counter.position].dtype if counter else "int32",
+            rest=self.rest(draft),
         )
+
+    def rest(self, draft: Draft) -> control.Rest | None:
+        return control.Rest(self.host(draft.rest), draft.patience) if draft.rest else None
 
     def scan(self, draft: Draft) -> control.Scan:
         scan = draft.scan
@@ -182,7 +187,8 @@ class _Assembler:
         assert draft.condition is not None and draft.body is not None
         kinds = tuple(v.dtype for v in draft.writes)
         chunk = self.block(draft.chunk) if draft.chunk else None
-        return control.Until(draft.kept, draft.counters, kinds, draft.condition, self.block(draft.body), chunk, draft.chunk_length)
+        body, rest = self.block(draft.body), self.rest(draft)
+        return control.Until(draft.kept, draft.counters, kinds, draft.condition, body, chunk, draft.chunk_length, rest)
 
     def branch(self, draft: Draft) -> control.Branch:
         return control.Branch(tuple(self.block(a) for a in draft.arms), predicate=draft.reads[0].dtype == "bool")

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jax_mps.plan import control
+from jax_mps.pjrt.client import Client
+from jax_mps.plan import control, partition
+from jax_mps.plan.boundary import Judge
 
 X = np.arange(6, dtype=np.float32)
 ROWS_OF = np.random.default_rng(0).standard_normal((701, 5)).astype(np.float32)
@@ -110,10 +112,25 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
+# Where a loop runs: on the device; on the host as it is; there from the beginning or from the fourth iteration on, a slice at a time.
+PLACES: dict[str, dict[str, Callable[..., Any]]] = {
+    "device": {"lendable": lambda self, step: False},
+    "host": {"is_far_faster": lambda self, loop: True},
+    "host, in slices": {"is_far_faster": lambda self, loop: False, "patience": lambda self, loop: 0},
+    "host, later": {"is_far_faster": lambda self, loop: False, "patience": lambda self, loop: 3},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ROWS)
-def test_control_flow(name: str) -> None:
+def test_control_flow(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = Client.environment
+    monkeypatch.setattr(Client, "environment", lambda self, chosen: (*environment(self, chosen), ("place", place)))
+    monkeypatch.setattr(control, "_SLICE", 7)
+    for method, answer in PLACES[place].items():
+        monkeypatch.setattr(Judge if hasattr(Judge, method) else partition._Cutter, method, answer)
     f, args = ROWS[name]
-    got = jax.tree.leaves(jax.jit(f)(*args))
+    got = jax.tree.leaves(jax.jit(lambda *args: f(*args))(*args))
     with jax.default_device(jax.devices("cpu")[0]):
         want = jax.tree.leaves(jax.jit(f)(*args))
     assert len(got) == len(want)

@@ -78,6 +78,6 @@ assert any("more than 6 inputs and outputs" in text for text in said), said
 
 def test_a_loop_of_many_carries() -> None:
     """Through the plugin, with Metal's limit made small and asked for on the CPU."""
-    environment = {**os.environ, "JAX_PLATFORMS": "mps,cpu", "JAX_MPS_CACHE": "0", "JAX_MPS_COMPILE": "1"}
+    environment = {**os.environ, "JAX_PLATFORMS": "mps,cpu", "JAX_MPS_CACHE": "0", "JAX_MPS_COMPILE": "1", "JAX_MPS_HOST": "needed"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
