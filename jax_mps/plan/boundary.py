@@ -57,11 +57,12 @@ _SLOW: Mapping[str, float] = {
 _LAPACK = {"potrf": 1e-4, "trsm": 1e-4, "getrf": 1.5e-4, "geqrf": 2e-4, "orgqr": 2e-4, "ungqr": 2e-4, "syevd": 1e-3, "heevd": 2e-3, "gesdd": 2e-3}
 _FUSED = frozenset(f"stablehlo.{n}" for n in ("constant", "reshape", "broadcast_in_dim", "iota", "transpose", "slice"))  # into their readers
 _IN_PLACE = frozenset(["stablehlo.dynamic_update_slice", "stablehlo.scatter"])
+_CHOICES = frozenset(["stablehlo.case", "stablehlo.if"])
 _PRODUCTS = frozenset(["stablehlo.dot_general", "stablehlo.dot", "stablehlo.convolution"])
 # A loop whose trip count is not known is taken to run so often: whether it moves hardly depends on it.
 _TRIPS = 16
 # A loop goes to the host by itself if it takes at most this share of the time there, and so long on the device that XLA's compiler (50-200 ms,
-# once a machine) is repaid within a dozen runs. An op on a number takes XLA 8 ns where it is fused, some ten times that where not.
+# once a machine) is repaid within a dozen runs. An op on a number takes XLA 8 ns in a fusion, and up to ten times that alone.
 _FAR_FASTER, _LONG = 0.1, 10e3
 _OP_OF_XLA = 0.025  # of what it takes to drive it
 
@@ -118,17 +119,21 @@ class Judge:
 
     def is_far_faster(self, loop: Step) -> bool:
         """Whether the host runs a loop in far less time than it takes to drive it through the device."""
-        driving, moved = self.driving(loop), self.moving(loop)
-        return driving > _LONG and moved + self.work(loop) + driving * _OP_OF_XLA < _FAR_FASTER * driving
+        return self.driving(loop) > _LONG and self.is_tiny(loop, self.moving(loop))
 
     def patience(self, loop: Step) -> int | None:
         """Iterations after which the host had better run the rest of a loop; None for never."""
         if self.trips(loop) is not None:
             return 0 if self.is_far_faster(loop) else None
-        driving, work = self.driving(loop) / _TRIPS, self.work(loop) / _TRIPS
-        if self.moving(loop) > _FAR_FASTER * _LONG or work + driving * _OP_OF_XLA > _FAR_FASTER * driving:
+        if self.moving(loop) > _FAR_FASTER * _LONG or not self.is_tiny(loop):
             return None
-        return math.ceil(_LONG / driving)
+        return math.ceil(_LONG * _TRIPS / self.driving(loop))
+
+    def is_tiny(self, loop: Step, moving: float = 0.0) -> bool:
+        """Whether XLA takes far less for a loop than it takes to drive it, and less even if its branches always take the longer way."""
+        driving = self.driving(loop)
+        beside = moving + driving * _OP_OF_XLA
+        return beside + self.work(loop, min) < _FAR_FASTER * driving and beside + self.work(loop) < driving / 2
 
     def moving(self, loop: Step) -> float:
         """What it takes to run a loop on the host between two device segments, its own work left out."""
@@ -144,27 +149,39 @@ class Judge:
 
     # ---- estimates, in microseconds ------------------------------------------------------------------------------------------------
 
-    def work(self, step: Step) -> float:
-        """What XLA takes for a step on the host."""
-        inner = [sum(self.work(s) for s in region.steps) for region in step.regions]
+    def work(self, step: Step, chosen: Callable[[list[float]], float] = max) -> float:
+        """What XLA takes for a step on the host; `chosen` is the branch that a choice takes."""
+        inner = [sum(self.work(s, chosen) for s in region.steps) for region in step.regions]
         if step.name == "stablehlo.while":
             return self.count(step) * sum(inner)
-        if step.name in ("stablehlo.case", "stablehlo.if"):
-            return max(inner, default=0.0)
+        if step.name in _CHOICES:
+            return chosen(inner)
         if step.name in _FUSED:
             return 0.0
-        written = _nbytes(step.operands[1:] if step.name in _IN_PLACE else step.results) * _BYTE
+        read = step.operands[len(step.results) :] if step.name in _IN_PLACE else step.operands  # the array itself is not
+        written = _nbytes(read if step.name in _IN_PLACE else step.results) * _BYTE
         if step.name == "stablehlo.custom_call":
             return written + _factoring(step)
         if step.name in _PRODUCTS:
             return written + 2 * _products(step) * _FLOP
-        elements = step.result.size if step.name == "stablehlo.gather" else max((v.type.size for v in step.operands), default=0)
+        elements = step.result.size if step.name == "stablehlo.gather" else max((v.type.size for v in read), default=0)
         return written + elements * math.prod(step.attributes.get("window_dimensions") or ()) * _SLOW.get(step.name, 0.0)
 
     def driving(self, loop: Step) -> float:
         """What it takes to send a loop through the device, whatever its ops compute."""
-        inner = sum(self.driving(s) if s.name == "stablehlo.while" else _OP for s in loop.regions[1].steps if s.name != "stablehlo.constant")
-        return self.count(loop) * (self.costs.iteration + inner)
+        return self.count(loop) * (self.costs.iteration + self._driving(loop.regions[1].steps))
+
+    def _driving(self, steps: Iterable[Step]) -> float:
+        """The same for an iteration's steps: whoever drives waits for the index of a choice, too."""
+        found = 0.0
+        for step in steps:
+            if step.name == "stablehlo.while":
+                found += self.driving(step)
+            elif step.name in _CHOICES:
+                found += self.costs.iteration + min(self._driving(arm.steps) for arm in step.regions)
+            elif step.name != "stablehlo.constant":
+                found += _OP
+        return found
 
     def count(self, loop: Step) -> int:
         trips = self.trips(loop)

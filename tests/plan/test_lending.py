@@ -18,14 +18,14 @@ def host_kind(step: Step) -> str | None:
     return None if any(s.name == "stablehlo.infeed" for s in inner) else "xla"
 
 
-def loop(trips: str = "10000", size: int = 4, *, condition: str = "", step: str = "stablehlo.sine %h : MAT", **choices: object) -> Draft:
+def loop(trips: str = "10000", size: int = 4, *, condition: str = "", step: str = "%g = stablehlo.sine %h : MAT", **choices: object) -> Draft:
     """What becomes of a loop over one square matrix; the bound is a number or an argument's name."""
     given = "" if trips == "%n" else f"%n = stablehlo.constant dense<{trips}> : tensor<i32>"
     text = f"""module @m {{ func.func public @main(%a: MAT{", %n: tensor<i32>" if trips == "%n" else ""}) -> MAT {{
       {given} %zero = stablehlo.constant dense<0> : tensor<i32>
       %r:2 = stablehlo.while(%i = %zero, %h = %a) : tensor<i32>, MAT
       cond {{ {condition or "%p = stablehlo.compare LT, %i, %n : (tensor<i32>, tensor<i32>) -> tensor<i1>"} stablehlo.return %p : tensor<i1> }}
-      do {{ %one = stablehlo.constant dense<1> : tensor<i32> %j = stablehlo.add %i, %one : tensor<i32> %g = {step}
+      do {{ %one = stablehlo.constant dense<1> : tensor<i32> %j = stablehlo.add %i, %one : tensor<i32> {step}
         stablehlo.return %j, %g : tensor<i32>, MAT }}
       return %r#1 : MAT }} }}""".replace("MAT", f"tensor<{size}x{size}xf32>")
     target = Target(lambda step: None, host_kind, **{"lend_loops": True, "costs": COSTS["cpu"], **choices})  # type: ignore[arg-type]
@@ -46,11 +46,11 @@ def test_a_long_loop_of_tiny_steps_is_lent(device: str) -> None:
 NEAR: dict[str, tuple[tuple[str, int], dict[str, object]]] = {
     "few iterations": (("100", 4), {}),
     "large steps": (("10000", 512), {}),
-    "products, large": (("10000", 512), {"step": "stablehlo.dot_general %h, %h, contracting_dims = [1] x [0] : (MAT, MAT) -> MAT"}),
+    "products, large": (("10000", 512), {"step": "%g = stablehlo.dot_general %h, %h, contracting_dims = [1] x [0] : (MAT, MAT) -> MAT"}),
     "not wanted": (("10000", 4), {"lend_loops": False}),
     "what the host cannot run": (
         ("10000", 4),
-        {"step": '"stablehlo.sine"(%h) : (MAT) -> MAT %t = stablehlo.create_token : !stablehlo.token '
+        {"step": '%g = "stablehlo.sine"(%h) : (MAT) -> MAT %t = stablehlo.create_token : !stablehlo.token '
                  '%q:2 = "stablehlo.infeed"(%t) : (!stablehlo.token) -> (tensor<i32>, !stablehlo.token)'},
     ),
 }  # fmt: skip
@@ -73,6 +73,23 @@ def test_a_loop_of_unknown_length_is_lent_later(trips: str, condition: str) -> N
     assert node.rest.reasons == (f"stablehlo.while: so many tiny steps take XLA a tenth of the time, after {node.patience} iterations",)
     assert loop(trips, 512, condition=condition).rest is None
     assert loop(trips, condition=condition, lend_loops=False).rest is None
+
+
+ROW = """%row = stablehlo.constant dense<1.0> : tensor<1x1xf32>
+  %g = stablehlo.dynamic_update_slice %h, %row, %i, %i : (MAT, tensor<1x1xf32>, tensor<i32>, tensor<i32>) -> MAT"""
+CHOICE = """%g = "stablehlo.case"(%i) ({{ %s = stablehlo.negate %h : MAT stablehlo.return %s : MAT }}, {{
+  %t = {} stablehlo.return %t : MAT }}) : (tensor<i32>) -> MAT"""
+
+
+def test_what_is_written_in_place_counts_by_what_is_written() -> None:
+    assert loop("%n", 256, step=ROW).rest is not None
+    assert loop("%n", 256).rest is None
+
+
+def test_a_choice_counts_by_its_shorter_branch_unless_the_longer_one_takes_longer_than_the_device() -> None:
+    longer = "stablehlo.sine %h : MAT"
+    assert loop("%n", 24, step=CHOICE.format(longer)).rest is not None
+    assert loop("%n", 96, step=CHOICE.format(longer)).rest is None
 
 
 def test_a_very_long_loop_is_lent_in_slices() -> None:
@@ -126,18 +143,19 @@ def test_ctrl_c_ends_a_loop_that_was_lent(bound: str, tmp_path: Path) -> None:
         start = time.time()
         try:
             try:
-                jax.block_until_ready(f(jnp.ones(300), jnp.int32(2_000_000_000)))
+                jax.block_until_ready(f(jnp.ones(30), jnp.int32(2_000_000_000)))
             except jax.errors.JaxRuntimeError:  # the loop's own end, just before Python sees the signal
                 time.sleep(1)
             how = "ended"
         except KeyboardInterrupt:
             how = "interrupted"
-        after = jax.jit(lambda x: lax.fori_loop(0, 600, lambda i, c: c + 1, x))(jnp.ones(3))
+        after = jax.jit(lambda x: lax.fori_loop(0, 5, lambda i, c: c + 1, x))(jnp.ones(3))
         report(how=how, seconds=time.time() - start, after=after.tolist(), calls=jax_mps.stats()["host_calls"])
         """,
         tmp_path,
     )
     assert ran.report["how"] == "interrupted"
     assert ran.report["seconds"] < 10
-    assert ran.report["after"] == [601] * 3
-    assert ran.report["calls"] > 1
+    assert ran.report["after"] == [6] * 3
+    assert ran.report["calls"] >= 1
+
