@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -119,7 +120,8 @@ def initial() -> Any:
         return jax.tree.map(np.asarray, variables)
 
 
-def in_jax(images: np.ndarray, labels: np.ndarray):
+def training() -> tuple[Callable[..., Any], Any]:
+    """A step of training, from a state, images and labels to the next state and the loss; and the first state."""
     model, optimizer = ResNet18(), optax.sgd(RATE, momentum=MOMENTUM)
 
     def step(state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
@@ -133,10 +135,13 @@ def in_jax(images: np.ndarray, labels: np.ndarray):
         updates, momentum = optimizer.update(gradients, momentum)
         return (optax.apply_updates(params, updates), new_stats, momentum), loss
 
+    variables = initial()
+    return step, (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+
+
+def in_jax(images: np.ndarray, labels: np.ndarray):
     def make(device: jax.Device) -> Work:
-        variables = initial()
-        momentum = optimizer.init(variables["params"])
-        return jax_steps(step, (variables["params"], variables["batch_stats"], momentum), images, labels)(device)
+        return jax_steps(*training(), images, labels)(device)
 
     return make
 
