@@ -59,7 +59,9 @@ def initialize_lapack() -> None:
 
 def cpu_call_targets() -> frozenset[str]:
     """Custom-call targets registered with XLA's CPU compiler now, those of `jax.ffi` included."""
-    found = xla_client()._xla.custom_call_targets("Host")
+    client = xla_client()
+    client.register_custom_call_handler("cpu", client._xla.register_custom_call_target)  # jaxlib keeps them back until its own CPU client is made
+    found = client._xla.custom_call_targets("Host")
     return frozenset(name.decode() if isinstance(name, bytes) else name for name in found)
 
 

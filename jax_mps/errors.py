@@ -29,6 +29,12 @@ class InvalidOption(JaxMpsError):
     code = INVALID_ARGUMENT
 
 
+class NoBufferType(JaxMpsError):
+    """An element type that PJRT has no arrays of."""
+
+    code = UNIMPLEMENTED
+
+
 class OutOfMemory(JaxMpsError):
     """A program needs more memory than the device has."""
 

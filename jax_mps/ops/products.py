@@ -6,6 +6,7 @@ MLX multiplies no integers, and on CPU half types only slowly; CUDA rounds float
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ import mlx.core as mx
 from jax_mps.ops.dtypes import BITS, MX
 from jax_mps.ops.target import device_kind
 
-# Up to here, an integer product is cheaper as multiply and sum than as limbs.
+# Up to here, an integer product is cheaper as multiply and sum than as limbs, and a float32 one that must be exact on CUDA than split.
 _SMALL = 1 << 15
+# XLA's GPU backend computes a product of fewer elements than this in float32 whatever its precision; so do we, up to so many terms in all.
+_TINY, _MOST_TERMS = 100, 1 << 22
 
 
 def product(a: mx.array, b: mx.array, dtype: str, *, precise: bool = False) -> mx.array:
@@ -47,8 +50,19 @@ def _floating(a: mx.array, b: mx.array, dtype: str, precise: bool) -> mx.array:
         return mx.matmul(a, b)  # float32 accumulators
     exact = a.dtype in _HALVES and b.dtype in _HALVES  # their values are exact in TF32
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    wide = split(mx.matmul, a, b) if precise and kind == "cuda" and not exact else mx.matmul(a, b)
-    return wide.astype(MX[dtype])
+    if kind == "cuda" and not exact:
+        m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+        terms = m * k * n * math.prod(_batch(a, b))
+        if terms <= (_MOST_TERMS if (m + n) * k < _TINY else _SMALL if precise else 0):
+            return _summed(a, b).astype(MX[dtype])
+        if precise:
+            return split(mx.matmul, a, b).astype(MX[dtype])
+    return mx.matmul(a, b).astype(MX[dtype])
+
+
+def _summed(a: mx.array, b: mx.array) -> mx.array:
+    """The product as a sum of products, in the operands' own type."""
+    return mx.sum(a[..., :, None, :] * mx.swapaxes(b, -1, -2)[..., None, :, :], axis=-1)
 
 
 _HALVES = (mx.float16, mx.bfloat16)
@@ -105,7 +119,7 @@ def _recipe(width: int, terms: int) -> _Recipe:
 def _integer(a: mx.array, b: mx.array, dtype: str) -> mx.array:
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     if m * k * n <= _SMALL:
-        return mx.sum(a[..., :, None, :] * mx.swapaxes(b, -1, -2)[..., None, :, :], axis=-1).astype(MX[dtype])
+        return _summed(a, b).astype(MX[dtype])
     width = BITS[dtype]
     recipe = _recipe(width, k)
     work = mx.int64 if width == 64 else mx.int32

@@ -61,7 +61,7 @@ def client_create(given: dict[str, Any]) -> dict[str, Any]:
     return {
         **runtime.waits(),
         "platform_name": "mps",
-        "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({device.kind})",
+        "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({names[device.kind]})",  # JAX takes one with "cuda" in it for XLA's own backend
         "device_kind": f"MLX {device.kind} {device.architecture}",
         "device_strings": tuple(f"mps:{i} (MLX {names[device.kind]})" for i in range(compat.device_count(device.kind))),
         "memory_kinds": MEMORY_KINDS,

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps import runtime
+from jax_mps.errors import NoBufferType
 from jax_mps.ops.dtypes import mx_array
 from jax_mps.pjrt.buffer import HOST, LAZY, READY
 from jax_mps.pjrt.options import Devices, unpack
@@ -118,7 +119,10 @@ def _waits(program: Program) -> bool:
 
 
 def pjrt_type(kind: TensorType) -> tuple[int, tuple[int, ...]]:
-    return NUMBERS[kind.dtype], kind.shape
+    number = NUMBERS.get(kind.dtype)
+    if number is None:
+        raise NoBufferType(f"PJRT has no arrays of {kind.dtype}")
+    return number, kind.shape
 
 
 def is_host(kind: TensorType) -> bool:

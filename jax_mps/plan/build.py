@@ -369,7 +369,7 @@ class _Builder:
         if self.claims(step):
             self.emit(step, op, scope, steps)
             return
-        if step.name == "chlo.scan" and inner.get("is_reverse"):
+        if step.name == "chlo.scan" and inner.get("is_reverse") and _counts_up(body, step.dimension):
             self.reversed_scan(step, body, steps)
             scope.update(zip(op.results, step.results, strict=True))
             return
@@ -377,12 +377,20 @@ class _Builder:
         scope.update(zip(op.results, results, strict=True))
 
     def reversed_scan(self, step: Step, body: ir.Block, steps: list[Step]) -> None:
-        """jaxlib's decomposition of chlo.scan (0.10 to 0.12) forgets `is_reverse`: turn the scanned arrays around before and after."""
+        """jaxlib 0.10's decomposition of chlo.scan forgets `is_reverse`: turn the scanned arrays around before and after."""
         inputs, outputs = step.operandSegmentSizes[0], step.resultSegmentSizes[0]
         dimension = (step.dimension,)
         operands = [_reverse(v, dimension, steps) if i < inputs else v for i, v in enumerate(step.operands)]
         results = self.walk(body, dict(zip(body.arguments, operands, strict=True)), steps)
         object.__setattr__(step, "results", tuple(_reverse(v, dimension, steps) if i < outputs else v for i, v in enumerate(results)))
+
+
+def _counts_up(body: ir.Block, dimension: int) -> bool:
+    """Whether a decomposed scan writes its rows where its loop's counter says, the first one first."""
+    loops = [op for op in body.operations if op.operation.name == "stablehlo.while"]
+    steps = [op for loop in loops for op in loop.regions[1].blocks[0].operations]
+    writes = [op for op in steps if op.operation.name == "stablehlo.dynamic_update_slice"]
+    return any(isinstance(op.operands[2 + dimension].owner, ir.Block) for op in writes)
 
 
 def _reverse(value: Value, dimensions: tuple[int, ...], steps: list[Step]) -> Value:

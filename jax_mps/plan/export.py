@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import os
 import tempfile
 import threading
@@ -27,6 +29,7 @@ DEEP = 800
 _STACK = 512 << 20
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Traceable:
-    """A device segment before export: `function(*constants, *reads)` builds its graph."""
+    """A device segment before export: `function(*constants, *reads)` builds its graph; with `apart`, one in which no two steps have an array in common."""
 
     function: Callable[..., list[mx.array]]
     constants: tuple[Constant, ...]
@@ -62,10 +65,14 @@ def traceable(steps: Sequence[Step], reads: tuple[Value, ...], writes: tuple[Val
     constants = tuple(Constant(digest_of(s.value), s.value, s.result.dtype) for s in large)
     last = _last_use(lowered, writes)
 
-    def function(*arrays: mx.array) -> list[mx.array]:
+    def function(*arrays: mx.array, apart: bool = False) -> list[mx.array]:
         env = dict(zip((*leading, *reads), arrays, strict=True))
         for index, step in enumerate(lowered):
+            shared = {v: env[v] for v in step.step.reads() if v in env} if apart else {}
+            if shared:
+                env.update(zip(shared, mx.depends([*shared.values()], [next(iter(shared.values()))]), strict=True))
             step(env)
+            env.update(shared)
             for value in last.get(index, ()):
                 env.pop(value, None)
         return [env[v] for v in writes]
@@ -105,8 +112,23 @@ def export(segment: Traceable, folder: Path) -> Path:
     os.close(handle)
     path = Path(name)
     with runtime.locked():
-        with_big_stack(lambda: mx.export_function(str(path), segment.function, *samples), segment.size > DEEP)
+        with_big_stack(lambda: mx.export_function(name, segment.function, *samples), segment.size > DEEP)
+        if not _is_whole(path, samples):
+            log.debug("%s: exported again, with no array that two steps share", name)
+            apart = functools.partial(segment.function, apart=True)
+            with_big_stack(lambda: mx.export_function(name, apart, *samples), segment.size > DEEP)
     return path
+
+
+def _is_whole(path: Path, samples: Sequence[mx.array]) -> bool:
+    """Whether a function has all its arrays: where MLX merges equal ones (three of them, and more), it may drop the one that it keeps (0.32)."""
+    from jax_mps.plan.program import read_function  # which a warm start needs, and not this module
+
+    try:
+        read_function(path, path.read_bytes())(*samples)  # builds a graph, evaluates nothing
+    except IndexError:
+        return False
+    return True
 
 
 def interpreted(segment: Traceable) -> Callable[..., list[mx.array]]:

@@ -65,7 +65,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                     log.debug("not compiled: a fused kernel would have more than %d inputs and outputs", limit)
                     fused = function
             return fused(*arrays)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             log.debug("not compiled: %s", error)
             fused = function
             return function(*arrays)

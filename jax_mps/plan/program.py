@@ -169,9 +169,14 @@ def import_function(path: Path | str, content: bytes) -> Callable[..., Any]:
     """Import an MLX function file whose checksum the caller knows to be right, and whose bytes are `content`."""
     if blas.is_called_by(content):
         blas.install()
+    count("imports")
+    return read_function(path, content)
+
+
+def read_function(path: Path | str, content: bytes) -> Callable[..., Any]:
+    """Import an MLX function file that is not going to be evaluated before `blas.install()`."""
     serves = _serves()
     with runtime.locked():
-        count("imports")
         if serves:
             lib.shim_serve(ffi.from_buffer(content), len(content))
         try:

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mlx.core as mx
 import numpy as np
 import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import products
 
 from .harness import Case, check, check_exported, run_on_mlx
 
@@ -184,3 +186,31 @@ def test_algorithm_refused():
     """One that asks for float64 is not."""
     with pytest.raises(Unsupported, match=r"f64|float64"):
         run_on_mlx(Case("f64", dims(((1,), (0,)), precision=lax.DotAlgorithmPreset.F64_F64_F64), (normal(3, 3), normal(3, 3))))
+
+
+ON_CUDA = {  # name: shapes, precision, the largest error that is allowed of what TF32 would make (its rounding is imitated)
+    "tiny": ((4, 3), (3, 6), None, 1e-6),
+    "tiny batches": ((50, 4, 3), (50, 3, 6), None, 1e-6),
+    "large": ((40, 30), (30, 50), None, 1e-2),
+    "small and precise": ((20, 30), (30, 25), "highest", 1e-6),
+    "large and precise": ((40, 50), (50, 60), "highest", 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_dot_on_cuda(name, monkeypatch):
+    """Where float32 products are TF32's, tiny ones are float32 all the same, as XLA's; so are those that ask for it."""
+    *shapes, precision, limit = ON_CUDA[name]
+    matmul = mx.matmul
+
+    def tf32(x):
+        return (x.view(mx.uint32) & mx.array(0xFFFFE000, mx.uint32)).view(mx.float32)
+
+    monkeypatch.setattr(products, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(mx, "matmul", lambda a, b: matmul(tf32(a), tf32(b)))
+    a, b = (normal(*shape) for shape in shapes)
+    [got] = run_on_mlx(Case(name, lambda a, b: jnp.matmul(a, b, precision=precision), (a, b)))
+    wide = np.abs(a.astype(np.float64)) @ np.abs(b.astype(np.float64))
+    error = np.max(np.abs(got - a.astype(np.float64) @ b.astype(np.float64)) / wide)
+    assert error < limit
+    assert (error > 1e-5) == (name == "large")

@@ -45,6 +45,7 @@ CASES += [
         "shortened_and_padded", lambda x: (jnp.fft.rfft(x, 5), jnp.fft.rfft(x, 20), jnp.fft.irfft(x + 0j, 9)), (real(3, 12),), **TOLERANCE
     ),
     Case("fftn_4", jnp.fft.fftn, (imaginary(2, 3, 4, 3),), **TOLERANCE),
+    Case("one_of_a_view", lambda x: jnp.fft.fft(x[:, ::3], axis=1) + jnp.fft.irfft(x[:, ::3], 1), (imaginary(5, 3),), **TOLERANCE),
     Case("other_axis", lambda x: jnp.fft.fft(x, axis=0), (imaginary(6, 4),), **TOLERANCE),
     Case("real_input", jnp.fft.fft2, (real(6, 5),), **TOLERANCE),
     Case("grad", jax.grad(lambda x: jnp.sum(jnp.abs(jnp.fft.rfft(x)) ** 2)), (real(3, 9),), **TOLERANCE),

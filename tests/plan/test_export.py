@@ -1,0 +1,51 @@
+"""Device segments as function files: whole, whatever MLX makes of equal arrays."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import jax.numpy as jnp
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from jax_mps import runtime
+from jax_mps.ops import products
+from jax_mps.ops.registry import Lowerer
+from jax_mps.plan import export
+from jax_mps.plan.program import read_function
+
+from ..ops.harness import Case, plan_of
+
+R = np.random.default_rng(0)
+X = (R.standard_normal((40, 40)) / 6).astype(np.float32)
+
+
+def segment_of(case: Case) -> export.Traceable:
+    plan = plan_of(case)
+    return export.traceable(plan.steps, tuple(plan.arguments), tuple(plan.results), Lowerer(plan.steps))
+
+
+def powers(x: object) -> object:
+    """Three products of one matrix: each takes it apart."""
+    return jnp.matmul(jnp.matmul(x, x, precision="highest"), x, precision="highest")
+
+
+def test_arrays_that_mlx_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where MLX's merging of equal arrays leaves a function without one of them, the function is exported again."""
+    monkeypatch.setattr(products, "device_kind", lambda: "cuda")
+    with caplog.at_level(logging.DEBUG, "jax_mps.plan.export"):
+        path = export.export(segment_of(Case("powers", powers, (X,))), tmp_path)
+    assert "exported again" in caplog.text
+    (got,) = read_function(path, path.read_bytes())(mx.array(X))
+    np.testing.assert_allclose(got, X @ X @ X, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_apart() -> None:
+    """The same results, where no two steps share an array."""
+    case = Case("shared", lambda x: (jnp.sin(x) + x * jnp.sin(x) + jnp.cumsum(x, 0) @ x, jnp.sum(x), x), (X,))
+    function = segment_of(case).function
+    with runtime.locked():
+        for plain, apart in zip(function(mx.array(X)), function(mx.array(X), apart=True), strict=True):
+            np.testing.assert_array_equal(np.array(plain), np.array(apart))
