@@ -95,3 +95,4 @@ void shim_counts(int64_t counts[8]) {
 }
 
 int shim_evaluates_at_once(void) { return evaluates_at_once(); }
+int shim_evaluation_must_end(void) { return evaluation_must_end(); }

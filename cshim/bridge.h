@@ -25,6 +25,7 @@ void shim_finalize(void);
 void shim_forked(void);
 int shim_stopping(void);
 int shim_evaluates_at_once(void);
+int shim_evaluation_must_end(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
 int64_t shim_profile_now(void); /* 0 while nobody traces */

@@ -232,6 +232,7 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!wanted.evaluate_now != !wanted.start) return "start";
   if (!wanted.evaluate_now != !wanted.synchronize) return "synchronize";
   if (!wanted.scope != !wanted.sentinel) return "sentinel";
+  wanted.first_to_the_end = PyDict_GetItemString(dict, "first_to_the_end") == Py_True;
   laziness = wanted;
   return NULL;
 }

@@ -119,11 +119,38 @@ static PyObject* list_of(Cell* const* cells, size_t count) {
   return values;
 }
 
+/* What executables returned first, if that must be evaluated to the end; the next batch takes it along, whether or not it is still wanted. On
+ * CUDA, an imported function reads its constants on a CPU stream the first time. Where that was only started, MLX's next evaluation may have the
+ * GPU wait for it, which can last for ever (0.32.4). GIL and lock. */
+static PyObject* first_results;
+
+void evaluation_to_the_end(PyObject* results) {
+  if (!laziness.first_to_the_end) return;
+  if (!first_results) first_results = PyList_New(0);
+  if (!first_results || PyList_Append(first_results, results) != 0) PyErr_Clear(); /* no memory: it will not be the first complaint */
+}
+
+bool evaluation_must_end(void) { return first_results != NULL; }
+
+static bool add_first_results(PyObject* values) {
+  PyObject* first = first_results;
+  first_results = NULL;
+  bool added = true;
+  for (Py_ssize_t i = 0; i < PyList_Size(first) && added; i++) {
+    Py_ssize_t end = PyList_Size(values);
+    added = PyList_SetSlice(values, end, end, PyList_GetItem(first, i)) == 0;
+  }
+  Py_DECREF(first);
+  return added;
+}
+
 /* Evaluates the cells (*over) or starts to. What cannot take long is waited for under the lock, which saves a trip to MLX's thread; no
  * Python code runs, so that Ctrl-C cannot end it half way. Locked. */
 static PJRT_Error* run(Batch* batch, Cell* const* cells, size_t count, bool here, bool* over) {
-  *over = here && is_short();
+  bool first = first_results != NULL;
+  *over = first || (here && is_short());
   PyObject* values = list_of(cells, count);
+  if (values && first && !add_first_results(values)) Py_CLEAR(values);
   PyObject* done = NULL;
   if (values && *over) {
     done = call_in_scope(laziness.evaluate_now, values);

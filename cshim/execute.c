@@ -125,6 +125,7 @@ static PJRT_Error* run_direct(PJRT_Executable* executable, Cell* const* inputs, 
     *results = call(executable, inputs, count);
     error = *results ? check_results(*results, executable->outputs.count, "prepare (its callable)", executable->name)
                      : error_from_python(executable->name);
+    if (!error && executable->runs == 0) evaluation_to_the_end(*results);
   }
   if (!error) executable->runs++;
   else Py_CLEAR(*results);

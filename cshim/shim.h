@@ -138,6 +138,8 @@ struct Batch { /* values whose evaluation started together */
 void batch_unref(Batch* batch);         /* state lock held */
 bool batch_is_over(const Batch* batch); /* state lock held */
 void evaluation_started(int64_t cost);
+void evaluation_to_the_end(PyObject* results);
+bool evaluation_must_end(void);
 bool evaluates_at_once(void); /* little is under way, and who waits evaluates */
 PJRT_Error* evaluate_lazy(bool here); /* GIL held; starts all that is lazy, or ends it, if that is short and the caller may wait */
 PJRT_Error* cells_evaluate(Cell* const* cells, size_t count); /* GIL held; one record's; waits */
@@ -180,6 +182,7 @@ typedef struct {
   bool view_in_place;
   PyObject *evaluate_now, *start, *synchronize; /* all or none */
   PyObject *scope, *sentinel;                   /* on a GPU */
+  bool first_to_the_end;                        /* what a function returns first: never just started */
 } Laziness;
 extern Laziness laziness;
 PJRT_Error* named_values_from_dict(PyObject* dict, PJRT_NamedValue** values, size_t* count, const char* hook);

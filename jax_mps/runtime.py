@@ -151,7 +151,14 @@ def waits() -> dict[str, Any]:
     if where.kind == "cpu":
         return {**started, "synchronize": functools.partial(mx.synchronize, where.stream)}
     scope = functools.partial(mx.stream, where.stream)
-    return {**started, "synchronize": mx.eval, "scope": scope, "sentinel": functools.partial(mx.depends, _nothing())}
+    gpu = {"synchronize": mx.eval, "scope": scope, "sentinel": functools.partial(mx.depends, _nothing())}
+    return {**started, **gpu, "first_to_the_end": reads_beside()}
+
+
+def reads_beside() -> bool:
+    """Whether an imported function's first results must be evaluated to the end: where it reads its constants on another stream, and MLX may
+    have the GPU wait for that in the next evaluation, if the first was only started. Such a wait can last for ever (CUDA, MLX 0.32.4)."""
+    return device().kind == "cuda"
 
 
 @functools.cache
@@ -181,7 +188,7 @@ def evaluate(values: Sequence[mx.array]) -> None:
         return
     with locked():
         last = sentinel()
-        mx.async_eval(*values, last)
+        start([*values, last])
     mx.eval(last)
 
 
@@ -203,7 +210,7 @@ def start(values: Sequence[mx.array]) -> None:
     """Start evaluating the arrays."""
     lib.shim_lock()
     try:
-        mx.async_eval(*values)
+        (mx.eval if lib.shim_evaluation_must_end() else mx.async_eval)(*values)
     finally:
         lib.shim_unlock()
 

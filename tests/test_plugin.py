@@ -108,3 +108,17 @@ def test_an_old_mlx(own: Path, tmp_path: Path) -> None:
     (old / "__init__.py").write_text("")
     (old / "core.py").write_text("__version__ = '0.31.0.dev3'")
     assert "MLX 0.31.0.dev3 is installed, 0.32.2 or later is needed" in run(SHOW, None, old.parent, own)
+
+
+def test_call_targets_that_jaxlib_keeps_back(own: Path) -> None:
+    """LAPACK's and a user's targets for cpu are known before anything ran on the host."""
+    code = "import jax; jax.devices(); from jax_mps import compat; print('lapack_sgetrf_ffi' in compat.cpu_call_targets())"
+    assert "True" in run(code, "mps", own)
+
+
+def test_the_version_names_no_other_backend(own: Path) -> None:
+    """JAX takes a platform whose version mentions one of these for XLA's backend of that name."""
+    from jax_mps.pjrt import entry
+
+    assert not any(name in word for name in ("cuda", "rocm", "oneapi") for word in entry.NAMES.values())
+    assert "MLX" in run("import jax; print(jax.devices()[0].client.platform_version)", "mps", own)

@@ -28,4 +28,4 @@ def fft(op: Step) -> Run:
 
 def _transform(kind: str, x: mx.array, lengths: Sequence[tuple[int, int]]) -> mx.array:
     transform = {"FFT": mx.fft.fftn, "IFFT": mx.fft.ifftn, "RFFT": mx.fft.rfftn, "IRFFT": mx.fft.irfftn}[kind]
-    return transform(x, s=[n for n, _ in lengths], axes=[axis for _, axis in lengths]) if lengths else x
+    return transform(x, s=tuple(n for n, _ in lengths), axes=tuple(axis for _, axis in lengths)) if lengths else x

@@ -51,19 +51,23 @@ def plugin_attributes() -> dict[str, Any]:
     return {"xla_version": 2, "stablehlo_current_version": current, "stablehlo_minimum_version": minimum}
 
 
+# What a kind of device is called. JAX takes a platform with "cuda" in its version for XLA's own.
+NAMES = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
+
+
 def client_create(given: dict[str, Any]) -> dict[str, Any]:
     """What the client, its devices and their memories say of themselves."""
     from jax_mps import compat
 
     device = runtime.device()
     client()
-    names = {"cpu": "cpu", "cuda": "gpu", "metal": "gpu"}
+    name = NAMES[device.kind]
     return {
         **runtime.waits(),
         "platform_name": "mps",
-        "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({names[device.kind]})",  # JAX takes one with "cuda" in it for XLA's own backend
+        "platform_version": f"jax-mps on MLX {runtime.MLX_VERSION} ({name})",
         "device_kind": f"MLX {device.kind} {device.architecture}",
-        "device_strings": tuple(f"mps:{i} (MLX {names[device.kind]})" for i in range(compat.device_count(device.kind))),
+        "device_strings": tuple(f"mps:{i} (MLX {name})" for i in range(compat.device_count(device.kind))),
         "memory_kinds": MEMORY_KINDS,
         "is_on_cpu": device.kind != "cuda",
         "attributes": {"mlx_device": device.kind, "architecture": device.architecture},

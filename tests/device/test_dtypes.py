@@ -124,6 +124,12 @@ def test_a_concatenation_of_two_bit_integers_is_refused() -> None:
         on(MPS, lambda x: jnp.concatenate([x, x]), values("int2"))
 
 
+def test_arrays_that_pjrt_has_no_number_for() -> None:
+    """Said so, and not a KeyError. (JAX's cpu backend, which is no plugin, has arrays of it from 0.11 on.)"""
+    with pytest.raises(Exception, match="float6_e2m3fn"):
+        on(MPS, lambda x: x.astype("float6_e2m3fn"), np.ones(3, np.float32))
+
+
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "int32"])
 def test_zero_in_a_type_without_one(source: str) -> None:
     """float8_e8m0fnu has powers of two only, no sign and no zero."""

@@ -167,3 +167,30 @@ def test_a_dynamic_shape_is_named() -> None:
 def test_types_print_as_mlir_has_them() -> None:
     assert str(TensorType((2, 3), "complex64")) == "tensor<2x3xcomplex<f32>>"
     assert str(TensorType((), "token")) == "!stablehlo.token"
+
+
+@pytest.mark.parametrize(("row", "turned"), [("%i", 2), ("%r", 0)], ids=["forgotten", "kept"])
+def test_reversed_scans(row: str, turned: int) -> None:
+    """A decomposition of chlo.scan that forgets `is_reverse`, as jaxlib 0.10's does, is turned around; a later one's is not."""
+    kinds = "tensor<i64>, tensor<4xf32>"
+    scan = f"""func.func private @scan(%a: tensor<4xf32>) -> tensor<4xf32> {{
+        %zero = stablehlo.constant dense<0> : tensor<i64>
+        %one = stablehlo.constant dense<1> : tensor<i64>
+        %last = stablehlo.constant dense<3> : tensor<i64>
+        %0:2 = stablehlo.while(%i = %zero, %x = %a) : {kinds}
+        cond {{
+            %c = stablehlo.compare LE, %i, %last : (tensor<i64>, tensor<i64>) -> tensor<i1>
+            stablehlo.return %c : tensor<i1>
+        }} do {{
+            %r = stablehlo.subtract %last, %i : tensor<i64>
+            %v = stablehlo.dynamic_slice %a, {row}, sizes = [1] : (tensor<4xf32>, tensor<i64>) -> tensor<1xf32>
+            %y = stablehlo.dynamic_update_slice %x, %v, {row} : (tensor<4xf32>, tensor<1xf32>, tensor<i64>) -> tensor<4xf32>
+            %j = stablehlo.add %i, %one : tensor<i64>
+            stablehlo.return %j, %y : {kinds}
+        }}
+        return %0#1 : tensor<4xf32>
+    }}"""
+    named = "dimension = 0 : i64, is_reverse = true, operandSegmentSizes = array<i32: 1, 0>, resultSegmentSizes = array<i32: 1, 0>"
+    call = f'stablehlo.composite "chlo.scan" %a {{composite_attributes = {{{named}}}, decomposition = @scan}} : (tensor<4xf32>) -> tensor<4xf32>'
+    plan = plan_of(f"%0 = {call} return %0 : tensor<4xf32>", rest=scan)
+    assert [s.name for s in plan.steps].count("stablehlo.reverse") == turned

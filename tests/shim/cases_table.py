@@ -174,6 +174,47 @@ def case_waiting_beside_a_gpu():
         install()
 
 
+def case_first_results_are_evaluated_to_the_end():
+    """Where the client says so, what a function returned first is never just started, though nobody wants it any more; what it returns later is."""
+    seen = []
+
+    def now(values):
+        seen.append(("now", len(values)))
+        toy.engine.evaluate(values)
+
+    def start(values):
+        seen.append(("start", len(values)))
+        toy.engine.evaluate(values[:-1])
+
+    class Scope:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *failure):
+            pass
+
+    def sentinel(values):
+        return Thunk(np.zeros, (1,))
+
+    means = {"evaluate_now": now, "start": start, "synchronize": lambda value: None, "scope": Scope, "sentinel": sentinel, "first_to_the_end": True}
+    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means | {"eager_cost": 0, "short_cost": 0, "lazy_cost": 1 << 62})
+    other = table.client()
+    turned = load(lambda x: [Thunk(np.negative, (x,)), Thunk(np.abs, (x,))], 1, 2)
+    x = table.put(other, np.float32([1, -2, 3, -4]))
+    try:
+        for _ in range(2):
+            results, _ = table.execute(turned, [x])
+            event = table.Buffer_ReadyEvent(buffer=results[0]).event
+            assert table.is_ready(event)
+            table.Event_Destroy(event=event)
+            table.destroy(*results)
+        assert seen == [("now", 4), ("start", 3)], seen
+        table.destroy(x)
+    finally:
+        install()
+        table.client()
+
+
 def case_who_waits_evaluates():
     """Where the client gives the means, who asks for a ready event without the GIL evaluates the execution's values; with it, nothing blocks."""
     seen = []
