@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -17,19 +17,31 @@ from jax_mps.plan.types import DEVICE_DTYPES, Step
 @lowers("stablehlo.dot_general")
 def dot_general(op: Step) -> Run:
     _check(op)
-    lhs, rhs = (v.type for v in op.operands)
+    dtype, precise = op.result.dtype, is_precise(op)
+    return _multiplied(op, lambda a, b: product(a, b, dtype, precise=precise))
+
+
+@lowers("jax_mps.biased_product")
+def biased_product(op: Step) -> Run:
+    """Operands: the product's two, and the row that is added to each of its own."""
+    return _multiplied(op, lambda a, b, bias: mx.addmm(bias, a, b))
+
+
+def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:
+    """What `multiply` makes of a matrix (batches, m, k), one (batches, k, n) and further operands, in the step's shape."""
+    lhs, rhs = (v.type for v in op.operands[:2])
     lb, rb = op.lhs_batching_dimensions, op.rhs_batching_dimensions
     lc, rc = _by_position(op.lhs_contracting_dimensions, op.rhs_contracting_dimensions, rhs_leads=rhs.size > lhs.size)
     left = [d for d in range(lhs.rank) if d not in lb and d not in lc]
     right = [d for d in range(rhs.rank) if d not in rb and d not in rc]
     batch, k = [lhs.shape[d] for d in lb], math.prod(lhs.shape[d] for d in lc)
     m, n = math.prod(lhs.shape[d] for d in left), math.prod(rhs.shape[d] for d in right)
-    dtype, shape, precise = op.result.dtype, op.result.shape, is_precise(op)
+    shape = op.result.shape
 
-    def run(a: mx.array, b: mx.array) -> mx.array:
+    def run(a: mx.array, b: mx.array, *rest: mx.array) -> mx.array:
         a = _ordered(a, (*lb, *left, *lc)).reshape(*batch, m, k)
         b = _ordered(b, (*rb, *rc, *right)).reshape(*batch, k, n)
-        return product(a, b, dtype, precise=precise).reshape(shape)
+        return multiply(a, b, *rest).reshape(shape)
 
     return run
 

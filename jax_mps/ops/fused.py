@@ -6,9 +6,11 @@ Only primitives that an exported function keeps are used. Further operands, whic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
+from jax_mps.ops import decoding
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.elementwise import exp
 from jax_mps.ops.reduce import sum_of
@@ -220,12 +222,17 @@ def attention(op: Step) -> Run:
     batches = queries[: sum(kind == "batch" for kind, _ in op.order)]
     length = queries[-2] if len(queries) > len(batches) + 1 else 1
     batch, heads, groups = math.prod(batches[:-1]), math.prod(batches[-1:]), math.prod(queries[len(batches) : -1]) // length
+    few = takes_few(op.result.dtype, queries[len(batches) : -1], queries[-1], values[-1], op.mask)
 
     def run(q: mx.array, k: mx.array, v: mx.array, *rest: mx.array) -> mx.array:
         q = mx.transpose(q, op.queries_order).reshape(batch, heads * groups, length, queries[-1])
         k = mx.transpose(k, op.keys_order).reshape(batch, heads, *keys[-2:])
         v = mx.transpose(v, op.values_order).reshape(batch, heads, *values[-2:])
-        if op.mask == "array":
+        if few:
+            mask = _mask(rest[0], op, (*queries[:-1], keys[-2]), len(batches)) if op.mask == "array" else None
+            fill = op.fill if op.mask == "array" else -math.inf
+            y = decoding.attention(q, k, v, mask, scale=op.scale, causal=op.mask == "causal", fill=fill)
+        elif op.mask == "array":
             mask = _mask(rest[0], op, (*queries[:-1], keys[-2]), len(batches))
             y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask=mask)
             seen = mask if mask.dtype == mx.bool_ else mask > -math.inf
@@ -235,6 +242,11 @@ def attention(op: Step) -> Run:
         return mx.transpose(y.reshape(*queries[:-1], values[-1]), op.result_order)
 
     return run
+
+
+def takes_few(dtype: str, queries: Sequence[int], width: int, values: int, mask: str) -> bool:
+    """Whether our own kernel does it: few queries, where MLX would compose the steps (float32 on CUDA, or an array for a mask)."""
+    return decoding.fits(dtype, queries, width, values) and (dtype == "float32" or mask == "array")
 
 
 def _mask(mask: mx.array, op: Step, shape: tuple[int, ...], batches: int) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import attention, constants, indices, norms, softmax, special, table, threefry, transposes
+from jax_mps.rewrites import attention, bias, constants, indices, norms, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.table import Rewrite, Sweep, Table
 
@@ -49,6 +49,9 @@ TABLES: tuple[Table, ...] = (
         Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),
         Rewrite("product, transposed", transposes.product_transposed, _at("transpose"), "any time", _at("dot_general")),
         Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", _at("transpose")),
+    ),
+    (
+        Sweep("product and bias", bias.biased_products, bias.ROOTS, "once products have their last form"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""softmax(scale q k^T, masked) v as MLX's own op, for what that computes in one kernel: half types on CUDA, floats on Metal.
+"""softmax(scale q k^T, masked) v as one op, for what one kernel computes: half types on CUDA, float32 there for few positions (decoding), floats on Metal.
 
 Both products may have their dimensions in any order. The gradients read the weights again: in training, where MLX has the kernel on CUDA, they are left to
 compute these anew, so that nothing of their size is kept (MLX's own gradient cannot be exported, and on Metal it has none).
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_mps.ops.dot import is_precise
+from jax_mps.ops.fused import takes_few
 from jax_mps.ops.indexing import evaluated
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, Value
@@ -49,7 +50,7 @@ class _Scores:
 
 
 def attention(step: Step, scope: Scope) -> Step | None:
-    if not _has_kernel(step) or is_precise(step):
+    if device_kind() == "cpu" or not step.result.is_floating or is_precise(step):
         return None
     for side in (0, 1):
         weights, places = _weights(step.operands[side], scope)
@@ -64,23 +65,26 @@ def attention(step: Step, scope: Scope) -> Step | None:
             continue
         trains = scope.is_first_operand(softmax.operands[0], "jax_mps.softmax_gradient")
         widths = operands[0].shape[given["queries_order"][-1]], operands[2].shape[given["values_order"][-1]]
-        if trains and not _trains(widths):
+        if trains and not _trains(step.result.dtype, widths):
             continue
         masking = _masking(scores, given["order"], scope)
+        queries = [operands[0].shape[d] for (kind, _), d in zip(given["order"], given["queries_order"], strict=False) if kind == "query"]
+        if not _has_kernel(step.result.dtype, queries, widths, masking["mask"]):
+            continue
         if masking["mask"] == "array" and scores.mask is not None:
             operands.append(scores.mask)
         return fuse("jax_mps.attention", step, operands, scope, {**given, **masking, "scale": scores.scale}, shared=trains)
     return None
 
 
-def _has_kernel(step: Step) -> bool:
-    kind = device_kind()
-    return (kind == "metal" and step.result.is_floating) or (kind == "cuda" and step.result.dtype in ("float16", "bfloat16"))
+def _has_kernel(dtype: str, queries: Sequence[int], widths: tuple[int, int], mask: str) -> bool:
+    """queries: how many share a key, by dimension."""
+    return device_kind() == "metal" or dtype in ("float16", "bfloat16") or takes_few(dtype, queries, *widths, mask)
 
 
-def _trains(widths: Iterable[int]) -> bool:
+def _trains(dtype: str, widths: Iterable[int]) -> bool:
     """Whether the kernel is there for sure: if MLX composed it, everything would be computed twice."""
-    return device_kind() == "cuda" and all(width % 8 == 0 and width <= _WIDEST for width in widths)
+    return device_kind() == "cuda" and dtype != "float32" and all(width % 8 == 0 and width <= _WIDEST for width in widths)
 
 
 def _weights(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:

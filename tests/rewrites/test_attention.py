@@ -12,6 +12,7 @@ from jax import lax
 from ops.harness import Case, lowered, plan_of, reference, results_of
 from rewrites.proof import fused, prove
 
+from jax_mps.ops import decoding
 from jax_mps.rewrites import attention, rewrite
 
 R = np.random.default_rng(0)
@@ -153,6 +154,21 @@ def test_where_there_is_a_kernel(device, dtype, fires, monkeypatch) -> None:
     monkeypatch.setattr(attention, "device_kind", lambda: device)
     args = tuple(jnp.asarray(x, dtype) for x in (Q, K, V))
     assert len(kind(Case("device", causal, args))) == fires
+
+
+SLOWLY = (Q[:, :, :1], LONG, LONG, np.int32(3))
+
+
+@pytest.mark.parametrize(("f", "args", "masks"), [
+    (lambda q, k, v, p: attend(q, k, v, jnp.arange(9) <= p), SLOWLY, ["array"]), (causal, (Q, LONG, LONG), ["causal"]),
+    (lambda q, k, v, p: attend(q, k, v, jnp.arange(9) <= p), tuple(x.astype(jnp.bfloat16) for x in SLOWLY[:3]) + SLOWLY[3:], ["array"]),
+    (causal, (LONG, LONG, LONG), []), (jax.grad(lambda q, k, v: causal(q, k, v).sum()), (Q, LONG, LONG), []),
+])  # fmt: skip
+def test_few_queries_on_cuda(f, args, masks, monkeypatch) -> None:
+    """Up to eight positions have a kernel of their own there, in float32 and under any mask; training keeps the steps."""
+    monkeypatch.setattr(attention, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(decoding, "device_kind", lambda: "cuda")
+    assert [mask for mask, _ in kind(Case("few", f, args))] == masks
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------------------

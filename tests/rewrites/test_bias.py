@@ -1,0 +1,58 @@
+"""Products and the row that is added to them, in the form for CUDA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.harness import Case
+from rewrites.proof import prove, refuse
+
+from jax_mps.rewrites import bias
+
+R = np.random.default_rng(0)
+X, W, B = (R.normal(size=shape).astype(np.float32) for shape in ((2, 5, 8), (8, 6), (6,)))
+ROW = X[0, :1]
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch) -> None:
+    monkeypatch.setattr(bias, "device_kind", lambda: "cuda")
+
+
+def parts(x, w, b):
+    """As attention's projections: what is cut from the sum goes to products."""
+    q, k = jnp.split(x @ w + b, 2, axis=-1)
+    return q @ k.swapaxes(-1, -2)
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, w, b: x @ w + b, lambda x, w, b: b + x[0] @ w, parts, lambda x, w, b: jax.lax.sort(x @ w + b),
+    lambda x, w, b: jax.lax.dot_general(x, w.T, (((2,), (1,)), ((), ()))) + b,
+])  # fmt: skip
+def test_fires(f) -> None:
+    prove(Case("bias", f, (X, W, B), rtol=1e-5, atol=1e-6), "biased_product", rtol=1e-5, atol=1e-6)
+
+
+def test_one_row() -> None:
+    prove(Case("row", lambda x, w, b: x @ w + b, (ROW, W, B), rtol=1e-5), "biased_product", rtol=1e-5)
+    refuse(Case("row", lambda x, w, b: x @ w.T + b, (ROW, np.ascontiguousarray(W.T), B)))
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, w, b: jnp.tanh(x @ w + b),  # fused with what follows
+    lambda x, w, b: x @ w + b[:5, None],  # along another dimension
+    lambda x, w, b: (lambda y: (y + b, y))(x @ w),
+    lambda x, w, b: jnp.matmul(x, w, precision="highest") + b,
+    lambda x, w, b: x @ w - b,
+    lambda x, w, b: jnp.matmul(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32) + b,
+    lambda x, w, b: x[..., :1] @ w[:1] + b,  # contracts nothing
+])  # fmt: skip
+def test_near_misses(f) -> None:
+    refuse(Case("near", f, (X, W, np.arange(6, dtype=np.float32))))
+
+
+def test_only_on_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(bias, "device_kind", lambda: "metal")
+    refuse(Case("metal", lambda x, w, b: x @ w + b, (X, W, B)))
