@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from jax_mps.ops import lookup
 from jax_mps.ops.registry import Run, lowers
 from jax_mps.ops.shapes import empty
 from jax_mps.ops.target import device_kind
-from jax_mps.plan.types import Step
+from jax_mps.plan.types import Step, numpy_dtype
 
 INT32_MAX = 2**31 - 1
 _NARROW = (mx.bool_, mx.int8, mx.uint8, mx.int16, mx.uint16)
@@ -48,6 +49,8 @@ def dynamic_slice(op: Step) -> Run:
         return lambda x, *starts: empty(op.result)
     if not window:
         return lambda x, *starts: x
+    if list(window) == [0] and lookup.fits(op.operands[1].dtype, numpy_dtype(op.operand.dtype).itemsize, 1, op.operand.shape, sizes[0]):
+        return lambda x, *starts: mx.reshape(lookup.rows_at(x, mx.reshape(starts[0], (1,)), sizes[0]), sizes)
     return lambda x, *starts: mx.slice(x, _window_starts(starts, window), tuple(window), sizes)
 
 

@@ -23,7 +23,7 @@ def biased_products(steps: Sequence[Step], scope: Scope) -> list[Step]:
         return []
     fused = {value for step in steps if is_elementwise(step.name) for value in step.operands}
     sums = [step for step in steps if step.name == "stablehlo.add" and step.results[0] not in fused]
-    found = (_biased(step, *pair, scope) for step in sums for pair in (step.operands, step.operands[::-1]))
+    found = (_biased(step, step.operands[i], step.operands[1 - i], scope) for step in sums for i in (0, 1))
     return [step for step in found if step is not None]
 
 
