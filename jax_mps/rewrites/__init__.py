@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import attention, bias, constants, indices, norms, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
+from jax_mps.rewrites.recompute import recomputed
 from jax_mps.rewrites.table import Rewrite, Sweep, Table
 
 whole = threefry.whole  # for functions that JAX calls, before they are inlined
@@ -61,4 +62,4 @@ def rewrite(plan: Plan) -> Plan:
     plan = drop_empty(plan)
     for rows in TABLES:
         plan = table.apply(plan, rows)
-    return plan
+    return recomputed(plan)
