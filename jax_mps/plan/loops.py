@@ -292,13 +292,15 @@ _WEIGHTS = {"stablehlo.sort": 16, "chlo.top_k": 16, "stablehlo.scatter": 8, "sta
 _SELECTIVE = frozenset(["stablehlo.slice", "stablehlo.dynamic_slice", "stablehlo.gather"])
 
 
-def cost(steps: Iterable[Step]) -> int:
-    """Elements that the steps write, or read if these are more; products weighted by what they contract."""
+def cost(steps: Iterable[Step], rate: int = 1) -> int:
+    """Elements that the steps write, or read if these are more; products weighted by what they contract. rate: multiplications that a product takes
+    as long for as another step for an element."""
     total = 0
     for step in steps:
         size = sum(v.type.size for v in step.results)
         if step.name in ("stablehlo.dot_general", "stablehlo.convolution"):
-            size *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1))
+            size *= max(1, step.operands[1].type.size // max(1, step.result.shape[-1] if step.result.rank else 1) // rate)
+            size = max(size, *(v.type.size for v in step.operands))
         elif step.name not in _SELECTIVE:
             size = max(size, *(v.type.size for v in step.operands), 0) * _WEIGHTS.get(step.name, 1)
         total += size

@@ -57,6 +57,14 @@ def _with_regions(step: Step) -> Step:
     return step if all(a is b for a, b in zip(regions, step.regions, strict=True)) else replace(step, regions=regions)
 
 
+def _readers(region: Region) -> dict[Value, list[Step]]:
+    found: dict[Value, list[Step]] = {}
+    for step in region.steps:
+        for value in step.reads():
+            found.setdefault(value, []).append(step)
+    return found
+
+
 class _Writer:
     """One region's new steps. recipes: a value that is not kept -> the steps that make it, in order, of values that are."""
 
@@ -69,36 +77,39 @@ class _Writer:
             self._place(step)
         fixed, loose = self._kept()
         self.kept = fixed | loose
-        self.readers: dict[Value, list[Step]] = {}
-        for step in old.steps:
-            for value in step.reads():
-                self.readers.setdefault(value, []).append(step)
         self.recipes: dict[Value, tuple[Step, ...]] = {}
-        for step in old.steps:
-            if step.name in _CHEAP and (value := step.results[0]) in loose and value.type.nbytes >= LEAST and (recipe := self._recipe(value)):
+        worth = [s.results[0] for s in old.steps if s.name in _CHEAP and s.results[0] in loose and s.results[0].type.nbytes >= LEAST]
+        self.readers = _readers(old) if worth else {}
+        for value in worth:
+            if recipe := self._recipe(value):
                 self.recipes[value] = recipe
                 self.kept.discard(value)
 
     def _place(self, step: Step) -> None:
         """How many kernels' ends lead to a step at least, and the last value on the longest way there that is not inside of a kernel."""
-        latest = max(step.reads(), key=lambda v: self.stages.get(v, 0), default=None)
-        stage = self.stages.get(latest, 0) if latest is not None else 0
+        latest, stage = None, -1
+        for value in step.reads():
+            if (other := self.stages.get(value, 0)) > stage:
+                latest, stage = value, other
+        stage = max(stage, 0)
         inside = step.name in _VIEWS or is_elementwise(step.name)
         for value in step.results:
             self.stages[value] = stage if inside else stage + 1
             self.roots[value] = self.roots.get(latest, latest) if inside and latest is not None else value
 
     def _is_late(self, value: Value, reader: Step) -> bool:
-        return bool(reader.results) and self.stages[reader.results[0]] - self.stages.get(value, 0) >= LATE
+        return self.stages[reader.results[0]] - self.stages.get(value, 0) >= LATE if reader.results else False
 
     def _kept(self) -> tuple[set[Value], set[Value]]:
         """What is in memory for late steps whatever happens, and what only the insides of kernels read late. (What nothing else reads is computed late.)"""
         fixed, loose = set(self.old.results), set[Value]()
         for step in reversed(self.old.steps):
+            latest = self.stages[step.results[0]] - LATE if step.results else -1
+            view = step.name in _VIEWS and step.results[0] in fixed
             for value in step.reads():
-                if value not in self.made or (step.name in _VIEWS and step.results[0] in fixed):
+                if view or value not in self.made:
                     fixed.add(value)
-                elif self._is_late(value, step):
+                elif self.stages[value] <= latest:
                     (loose if is_elementwise(step.name) else fixed).add(value)
         return fixed, loose - fixed
 

@@ -158,3 +158,11 @@ def test_how_far_ahead() -> None:
     assert loops.foretold_length(loops.repeated(body, 40)) == loops.FORETOLD_STEPS // 80
     large = Region((*body.arguments, Value(TensorType((1 << 17,), "float32"))), body.steps, body.results)
     assert loops.foretold_length(large) == 1
+
+
+@pytest.mark.parametrize(("left", "right", "elements", "fast"), [((4, 8), (8, 16), 512, 128), ((1, 512), (512, 64), 512 * 64, 512 * 64)])
+def test_what_a_product_costs(left, right, elements, fast) -> None:
+    """What it multiplies, or where that is fast, what it reads or writes."""
+    a, b, y = (Value(TensorType(shape, "float32")) for shape in (left, right, (left[0], right[1])))
+    step = Step("stablehlo.dot_general", (a, b), (y,))
+    assert (loops.cost([step]), loops.cost([step], 256)) == (elements, fast)
