@@ -11,6 +11,7 @@ import mlx.core as mx
 from jax_mps.errors import Unsupported
 from jax_mps.ops.products import product
 from jax_mps.ops.registry import Run, lowers
+from jax_mps.ops.shapes import arranged
 from jax_mps.plan.types import DEVICE_DTYPES, Step
 
 
@@ -39,16 +40,11 @@ def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:
     shape = op.result.shape
 
     def run(a: mx.array, b: mx.array, *rest: mx.array) -> mx.array:
-        a = _ordered(a, (*lb, *left, *lc)).reshape(*batch, m, k)
-        b = _ordered(b, (*rb, *rc, *right)).reshape(*batch, k, n)
+        a = arranged(a, (*lb, *left, *lc), (*batch, m, k))
+        b = arranged(b, (*rb, *rc, *right), (*batch, k, n))
         return multiply(a, b, *rest).reshape(shape)
 
     return run
-
-
-def _ordered(x: mx.array, permutation: tuple[int, ...]) -> mx.array:
-    """MLX makes an op of a transposition that changes nothing."""
-    return x if list(permutation) == list(range(x.ndim)) else mx.transpose(x, permutation)
 
 
 @lowers("stablehlo.dot")

@@ -15,6 +15,7 @@ from jax_mps.ops.dtypes import MX
 from jax_mps.ops.elementwise import exp
 from jax_mps.ops.reduce import sum_of
 from jax_mps.ops.registry import Run, lowers
+from jax_mps.ops.shapes import arranged
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step
 
@@ -225,9 +226,9 @@ def attention(op: Step) -> Run:
     few = takes_few(op.result.dtype, queries[len(batches) : -1], queries[-1], values[-1], op.mask)
 
     def run(q: mx.array, k: mx.array, v: mx.array, *rest: mx.array) -> mx.array:
-        q = mx.transpose(q, op.queries_order).reshape(batch, heads * groups, length, queries[-1])
-        k = mx.transpose(k, op.keys_order).reshape(batch, heads, *keys[-2:])
-        v = mx.transpose(v, op.values_order).reshape(batch, heads, *values[-2:])
+        q = arranged(q, op.queries_order, (batch, heads * groups, length, queries[-1]))
+        k = arranged(k, op.keys_order, (batch, heads, *keys[-2:]))
+        v = arranged(v, op.values_order, (batch, heads, *values[-2:]))
         if few:
             mask = _mask(rest[0], op, (*queries[:-1], keys[-2]), len(batches)) if op.mask == "array" else None
             fill = op.fill if op.mask == "array" else -math.inf
@@ -239,7 +240,7 @@ def attention(op: Step) -> Run:
             y = mx.where(mx.any(seen, axis=-1, keepdims=True), y, _unseeing(v, op.fill, groups)) if op.guarded else y
         else:
             y = mx.fast.scaled_dot_product_attention(q, k, v, scale=op.scale, mask="causal" if op.mask == "causal" else None)
-        return mx.transpose(y.reshape(*queries[:-1], values[-1]), op.result_order)
+        return arranged(y.reshape(*queries[:-1], values[-1]), op.result_order, op.result.shape)
 
     return run
 

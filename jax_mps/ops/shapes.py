@@ -84,6 +84,12 @@ def transpose(op: Step) -> Run:
     return lambda x: mx.transpose(x, permutation)
 
 
+def arranged(x: mx.array, permutation: Sequence[int], shape: Shape) -> mx.array:
+    """Transposed, then reshaped: by the latter alone where only dimensions of size 1 move, since each view is an op."""
+    moved = [d for d in permutation if x.shape[d] != 1]
+    return mx.reshape(x if moved == sorted(moved) else mx.transpose(x, permutation), shape)
+
+
 @lowers("stablehlo.concatenate")
 def concatenate(op: Step) -> Run:
     axis = op.dimension

@@ -59,3 +59,16 @@ def test_the_table_rewritten(case) -> None:
 
 def test_half_types() -> None:
     check(Case("half", lambda a, b: jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16).T), (A, B)))
+
+
+@pytest.mark.parametrize(("f", "shape", "names"), [
+    (lambda x: x.reshape(1, 12, 8).swapaxes(0, 1) * 2, (1, 96), ["reshape"]),  # heads of one position
+    (lambda x: jnp.sin(x).reshape(4, 1, 6).transpose(1, 0, 2).reshape(2, 12), (4, 6), ["reshape"]),
+    (lambda x: x.reshape(2, 3, 4).swapaxes(0, 1).reshape(3, 8), (24,), ["reshape", "transpose", "reshape"]),
+    (lambda x: x.T * 2, (3, 4), ["transpose"]), (lambda x: x.T * 2, (1, 4), ["reshape"]), (lambda x: x.T.reshape(2, 6) * 2, (3, 4), ["transpose", "reshape"]),
+])  # fmt: skip
+def test_what_moves_nothing_is_one_reshape(f, shape, names) -> None:
+    case = Case("views", f, (R.normal(size=shape).astype(np.float32),))
+    views = [s.name.removeprefix("stablehlo.") for s in rewrite(plan_of(case)).steps]
+    assert [n for n in views if n in ("reshape", "transpose")] == names
+    check(case)
