@@ -71,7 +71,7 @@ def sum_of(x: mx.array, axes: Sequence[int]) -> mx.array:
         x = x.astype(mx.float32)
     if device_kind() == "cuda" and (parts := _parts(x.shape, axes)) > 1:
         rows = math.prod(x.shape[: len(axes)])
-        return mx.sum(mx.sum(mx.reshape(x, (parts, rows // parts, *x.shape[len(axes) :])), axis=1), axis=0)
+        return mx.sum(mx.sum(mx.reshape(x, (parts, rows // parts, *x.shape[len(axes) :])), axis=1, keepdims=True), axis=(0, 1))
     if device_kind() != "cpu" or x.dtype not in (mx.float32, mx.complex64) or math.prod(x.shape[d] for d in axes) <= _RUN:
         return mx.sum(x, axis=axes)
     for axis in reversed(axes):

@@ -52,6 +52,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", _at("transpose")),
     ),
     (
+        Rewrite("sum of one", transposes.sum_of_one, _at("reduce"), "before the next"),
         Rewrite("reshape", transposes.reshaped, _at("reshape", "transpose"), "last: the others look for the steps that JAX writes"),
         Sweep("product and bias", bias.biased_products, bias.ROOTS, "once products have their last form"),
     ),

@@ -1,13 +1,13 @@
 """softmax(scale q k^T, masked) v as one op, for what one kernel computes: half types on CUDA, float32 there for few positions (decoding), floats on Metal.
 
-Both products may have their dimensions in any order. The gradients read the weights again: in training, where MLX has the kernel on CUDA, they are left to
-compute these anew, so that nothing of their size is kept (MLX's own gradient cannot be exported, and on Metal it has none).
+Both products may have their dimensions in any order. In training the gradients read the weights, and the steps stay (MLX's own gradient cannot be
+exported, and on Metal it has none).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ _VALUE: Label = ("value", 0)
 
 _FEWEST = -1e30  # a finite fill at least so low leaves a weight of 0, unless it is all that a row holds
 _LARGEST_MASK = 1 << 22  # elements that are computed to see what a mask is
-_WIDEST = 128  # elements of a query or value that cuDNN's kernel takes, in eights
 _SIDES = ("lhs", "rhs")
 
 
@@ -63,28 +62,20 @@ def attention(step: Step, scope: Scope) -> Step | None:
         added = scores.mask is not None and scores.mask.dtype != "bool"
         if any(v.dtype != step.result.dtype for v in (*operands, *([scores.mask] if added and scores.mask else []))):
             continue
-        trains = scope.is_first_operand(softmax.operands[0], "jax_mps.softmax_gradient")
         widths = operands[0].shape[given["queries_order"][-1]], operands[2].shape[given["values_order"][-1]]
-        if trains and not _trains(step.result.dtype, widths):
-            continue
         masking = _masking(scores, given["order"], scope)
         queries = [operands[0].shape[d] for (kind, _), d in zip(given["order"], given["queries_order"], strict=False) if kind == "query"]
         if not _has_kernel(step.result.dtype, queries, widths, masking["mask"]):
             continue
         if masking["mask"] == "array" and scores.mask is not None:
             operands.append(scores.mask)
-        return fuse("jax_mps.attention", step, operands, scope, {**given, **masking, "scale": scores.scale}, shared=trains)
+        return fuse("jax_mps.attention", step, operands, scope, {**given, **masking, "scale": scores.scale})
     return None
 
 
 def _has_kernel(dtype: str, queries: Sequence[int], widths: tuple[int, int], mask: str) -> bool:
     """queries: how many share a key, by dimension."""
     return device_kind() == "metal" or dtype in ("float16", "bfloat16") or takes_few(dtype, queries, *widths, mask)
-
-
-def _trains(dtype: str, widths: Iterable[int]) -> bool:
-    """Whether the kernel is there for sure: if MLX composed it, everything would be computed twice."""
-    return device_kind() == "cuda" and dtype != "float32" and all(width % 8 == 0 and width <= _WIDEST for width in widths)
 
 
 def _weights(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:

@@ -25,7 +25,7 @@ def origin(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
     dims: list[int | None] = [d if size > 1 else None for d, size in enumerate(value.shape)]
     while (step := scope.maker(value, *_SPREADING, "stablehlo.reduce")) is not None:
         source = step.operands[0]
-        if step.name == "stablehlo.reduce" and not _changes_nothing(step, scope):
+        if step.name == "stablehlo.reduce" and not changes_nothing(step, scope):
             break
         if step.name == "stablehlo.broadcast_in_dim":
             back = {d: i for i, d in enumerate(step.broadcast_dimensions) if source.shape[i] > 1}
@@ -39,7 +39,7 @@ def origin(value: Value, scope: Scope) -> tuple[Value, list[int | None]]:
     return value, dims
 
 
-def _changes_nothing(step: Step, scope: Scope) -> bool:
+def changes_nothing(step: Step, scope: Scope) -> bool:
     """Whether a reduction is a sum along dimensions of size 1, as the gradients of broadcasts are."""
     if len(step.results) != 1 or any(step.operand.shape[d] != 1 for d in step.dimensions):
         return False

@@ -124,13 +124,14 @@ class _Writer:
                 assert step is not None
                 found.setdefault(step)
                 continue
-            if current is not value and (current in self.kept or current.type.nbytes * _FREE <= value.type.nbytes):
+            spread = step is not None and step.name in _SPREAD
+            if current is not value and ((current in self.kept and not spread) or current.type.nbytes * _FREE <= value.type.nbytes):
                 continue
             if step is None or step in found:
                 if step is None:
                     return ()
                 continue
-            if (step.name not in _CHEAP and step.name not in _SPREAD) or len(found) + len(waiting) > 4 * _MOST:
+            if (step.name not in _CHEAP and not spread) or len(found) + len(waiting) > 4 * _MOST:
                 return ()
             waiting.append((current, True))
             waiting += [(v, False) for v in step.operands]

@@ -19,25 +19,18 @@ from jax_mps.plan.types import Plan, Region, Step, Value
 class Scope:
     """What a rewrite may look at: what made each value so far (arguments are made by nothing), and how often the plan reads it."""
 
-    __slots__ = ("body", "counted", "firsts", "producers")
+    __slots__ = ("body", "counted", "producers")
 
     def __init__(self, body: Region) -> None:
         self.body = body
         self.producers: dict[Value, Step] = {}
         self.counted: dict[Value, int] | None = None
-        self.firsts: dict[str, frozenset[Value]] = {}
 
     def reads(self, value: Value) -> int:
         """How many operands and results of regions the value is; counted when it is first asked for."""
         if self.counted is None:
             self.counted = _reads(self.body)
         return self.counted.get(value, 0)
-
-    def is_first_operand(self, value: Value, name: str) -> bool:
-        """Whether a step of that op has it as its first operand."""
-        if name not in self.firsts:
-            self.firsts[name] = frozenset(step.operands[0] for step in self.body.walk() if step.name == name)
-        return value in self.firsts[name]
 
     def maker(self, value: Value, *names: str) -> Step | None:
         """The step that made a value, if it is one of these ops."""

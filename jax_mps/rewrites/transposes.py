@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mps.plan.types import Step
-from jax_mps.rewrites.match import fuse
+from jax_mps.rewrites.match import changes_nothing, fuse
 from jax_mps.rewrites.table import Scope
 
 
@@ -64,6 +64,14 @@ def reshaped(step: Step, scope: Scope) -> Step | None:
     if step.name == "stablehlo.reshape" and source is step.operands[0]:
         return None
     return Step("stablehlo.reshape", (source,), step.results, location=step.location, text=())
+
+
+def sum_of_one(step: Step, scope: Scope) -> Step | None:
+    """A sum along dimensions of size 1, as gradients of broadcasts end: a reshape. MLX would copy."""
+    if not changes_nothing(step, scope):
+        return None
+    view = Step("stablehlo.reshape", step.operands[:1], step.results, location=step.location, text=())
+    return reshaped(view, scope) or view
 
 
 def _moves_nothing(step: Step) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from ops.harness import Case, lowered, plan_of, reference, results_of
+from ops.harness import Case, plan_of
 from rewrites.proof import fused, prove
 
 from jax_mps.ops import decoding
@@ -184,32 +184,11 @@ def trained(f):
 ROWS = tuple(x.astype(jnp.bfloat16) for x in (TQ, TK, TV))
 
 
-@pytest.mark.parametrize(
-    ("f", "args"),
-    [
-        (causal, HALVES), (attend, (*HALVES, MASK | np.eye(5, dtype=bool))), (lambda q, k, v: flax_attention(q, k, v, jnp.tri(5, dtype=bool)), ROWS),
-        (grouped, (MANY.astype(jnp.bfloat16), *ROWS[1:])), (causal, tuple(x[:1] for x in HALVES)),
-        (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), ROWS),
-        (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), (MANY.astype(jnp.bfloat16), *ROWS[1:])),
-    ],
-)  # fmt: skip
-def test_training_computes_the_weights_anew(f, args, monkeypatch) -> None:
-    """The weights are then read by the gradients alone."""
-    monkeypatch.setattr(attention, "device_kind", lambda: "cuda")
-    case = Case("training", trained(f), args)
-    plan, run, arguments = lowered(case, rewritten=True)
-    assert fused(plan) == ["softmax", "attention", "softmax_gradient"]
-    wide = reference(Case(case.name, case.f, tuple(a if a.dtype == bool else np.asarray(a, np.float32) for a in args)))
-    unfused = lowered(case)
-    for ours, steps, exact in zip(results_of(plan, run(*arguments), case), results_of(unfused[0], unfused[1](*arguments), case), wide, strict=True):
-        error, allowed = (np.linalg.norm(a.astype(np.float32) - exact) for a in (ours, steps))
-        assert error <= 1.2 * allowed + 1e-3 * np.linalg.norm(exact)
-
-
-@pytest.mark.parametrize(("device", "dtype", "width"), [("metal", "bfloat16", 8), ("cuda", "float32", 8), ("cuda", "bfloat16", 6), ("cuda", "bfloat16", 136)])
-def test_training_without_a_kernel_keeps_the_weights(device, dtype, width, monkeypatch) -> None:
+@pytest.mark.parametrize(("device", "dtype"), [("metal", "bfloat16"), ("cuda", "float32"), ("cuda", "bfloat16")])
+def test_training_keeps_the_weights(device, dtype, monkeypatch) -> None:
+    """To compute them anew took 10 to 19 % longer on an H100."""
     monkeypatch.setattr(attention, "device_kind", lambda: device)
-    args = tuple(jnp.ones((2, 3, 5, width), dtype) for _ in range(3))
+    args = tuple(jnp.ones((2, 3, 5, 8), dtype) for _ in range(3))
     assert fused(rewrite(plan_of(Case("kept", trained(causal), args)))) == ["softmax", "softmax_gradient"]
 
 
