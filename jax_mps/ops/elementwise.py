@@ -423,7 +423,7 @@ def map_(op: Step, computation: LoweredRegion) -> Run:
 @lowers("stablehlo.optimization_barrier")
 def optimization_barrier(op: Step) -> Run:
     """Each result is there when all operands are, and MLX takes none for the operand that it is: `jax.checkpoint` computes anew behind it."""
-    return lambda *operands: mx.depends(list(operands), [])
+    return lambda *operands: mx.depends(list(operands), []) if operands else []
 
 
 @lowers("stablehlo.after_all", "stablehlo.create_token")
