@@ -18,7 +18,7 @@ from jax_mps.ops.target import device_kind
 # Up to here, an integer product is cheaper as multiply and sum than as limbs, and a float32 one that must be exact on CUDA than split.
 _SMALL = 1 << 15
 # XLA's GPU backend computes a product of fewer elements than this in float32 whatever its precision; so do we, up to so many terms in all.
-_TINY, _MOST_TERMS = 100, 1 << 22
+TINY, _MOST_TERMS = 100, 1 << 22
 
 
 def product(a: mx.array, b: mx.array, dtype: str, *, precise: bool = False) -> mx.array:
@@ -53,7 +53,7 @@ def _floating(a: mx.array, b: mx.array, dtype: str, precise: bool) -> mx.array:
     if kind == "cuda" and not exact:
         m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
         terms = m * k * n * math.prod(_batch(a, b))
-        if terms <= (_MOST_TERMS if (m + n) * k < _TINY else _SMALL if precise else 0):
+        if terms <= (_MOST_TERMS if (m + n) * k < TINY else _SMALL if precise else 0):
             return _summed(a, b).astype(MX[dtype])
         if precise:
             return split(mx.matmul, a, b).astype(MX[dtype])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jax_mps.ops.dot import is_precise
+from jax_mps.ops.products import TINY
 from jax_mps.ops.registry import is_elementwise
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, Value
@@ -33,7 +34,9 @@ def _biased(step: Step, total: Value, row: Value, scope: Scope) -> Step | None:
         return None
     (lhs, rhs), inner = product.operands, product.rhs_contracting_dimensions
     bias, dims = origin(row, scope)
-    if any(v.dtype != step.result.dtype for v in (lhs, rhs, bias)) or rhs.type.rank != len(inner) + 1 or min(rhs.type.size, lhs.type.size) == 0:
+    if any(v.dtype != step.result.dtype for v in (lhs, rhs, bias)) or rhs.type.rank != len(inner) + 1 or 0 in (lhs.type.size, rhs.type.size):
+        return None
+    if lhs.type.size + rhs.type.size < TINY:  # counts in full
         return None
     last, width = step.result.rank - 1, step.result.shape[-1]
     if bias.shape != (width,) or dims != [None] * last + [0] or rhs.type.size == width:  # contracts nothing: no product for MLX
