@@ -25,7 +25,7 @@ def dot_general(op: Step) -> Run:
 @lowers("jax_mps.biased_product")
 def biased_product(op: Step) -> Run:
     """Operands: the product's two, and the row that is added to each of its own."""
-    return _multiplied(op, lambda a, b, bias: mx.addmm(bias, a, b))
+    return _multiplied(op, lambda a, b, bias: mx.addmm(mx.reshape(bias, (-1,)), a, b))
 
 
 def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:

@@ -39,7 +39,7 @@ def _biased(step: Step, total: Value, row: Value, scope: Scope) -> Step | None:
     if lhs.type.size + rhs.type.size < TINY:  # counts in full
         return None
     last, width = step.result.rank - 1, step.result.shape[-1]
-    if bias.shape != (width,) or dims != [None] * last + [0] or rhs.type.size == width:  # contracts nothing: no product for MLX
+    if bias.type.size != width or None in dims[last:] or dims[:last] != [None] * last or rhs.type.size == width:  # contracts nothing: no product for MLX
         return None
     if step.result.size == width and tuple(inner) != (0,):  # a row and a transposed matrix: MLX's kernel for these adds nothing
         return None

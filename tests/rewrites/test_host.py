@@ -11,7 +11,7 @@ from ops.harness import Case, assert_same, plan_of, reference
 from jax_mps.plan.loops import inline
 from jax_mps.plan.text import module_text
 from jax_mps.plan.types import Step, Value
-from jax_mps.rewrites import rewrite
+from jax_mps.rewrites import bias, recompute, rewrite
 
 X = np.linspace(-3, 3, 24, dtype=np.float32).reshape(4, 6)
 KEY = np.array([1, 2], np.uint32)
@@ -79,3 +79,22 @@ def test_copies_print_as_it_was(f, args) -> None:
     steps: list[Step] = []
     results = inline(plan.body, arguments, steps)
     assert_same(reference(Case("text", module_text(arguments, steps, results), args)), reference(case), case)
+
+
+def test_what_only_a_gpu_has_prints(monkeypatch) -> None:
+    """Barriers, products with a bias, views."""
+    monkeypatch.setattr(recompute, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(recompute, "LEAST", 64)
+    monkeypatch.setattr(bias, "device_kind", lambda: "cuda")
+
+    def loss(w, x):
+        for i in range(3):
+            q, k = jnp.split(x @ w[i] + w[i, 0], 2, -1)
+            x = x + jax.nn.gelu(x @ w[i]) @ w[i] + jnp.concatenate([q @ k.T @ k, q], -1).reshape(1, 8, 8).swapaxes(0, 1).reshape(8, 8)
+        return (x**2).sum()
+
+    case = Case("host", jax.value_and_grad(loss), ((np.arange(192, dtype=np.float32).reshape(3, 8, 8) % 7 - 3) / 30, np.eye(8, dtype=np.float32)))
+    plan = rewrite(plan_of(case))
+    assert {"stablehlo.optimization_barrier", "jax_mps.biased_product"} <= {s.name for s in plan.steps}
+    text = module_text(plan.arguments, plan.steps, plan.results)
+    assert_same(reference(Case("text", text, case.args)), reference(case), Case("close", case.f, case.args, rtol=1e-5, atol=1e-6))
