@@ -97,9 +97,7 @@ def start_rows(small: bool, xla: jax.Device, backends: Sequence[str]) -> list[Re
                 if found:
                     result.samples[backend] = found
                 else:
-                    result.errors[backend] = (
-                        done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit {done.returncode}"
-                    )
+                    result.errors[backend] = done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit {done.returncode}"
             results.append(result)
     return results
 
@@ -132,9 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], metavar="TEXT", help="only rows whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="few, short samples")
     parser.add_argument("--size", choices=["small", "full"], help="default: full on a GPU, small on a CPU")
-    parser.add_argument(
-        "--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="only these; without xla nothing is checked"
-    )
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="only these; without xla nothing is checked")
     parser.add_argument("--repeats", type=int, help="samples of each backend (default 9, 3 with --quick)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE")

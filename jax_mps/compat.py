@@ -401,9 +401,7 @@ def _is_cache_used(original: Callable[..., bool], backend: Any) -> bool:
     return original(_Serializes() if backend.platform == PLATFORM else backend)
 
 
-def _cache_write(
-    original: Callable[..., None], key: str, seconds: float, name: str, backend: Any, executable: Any, *callbacks: Any
-) -> None:
+def _cache_write(original: Callable[..., None], key: str, seconds: float, name: str, backend: Any, executable: Any, *callbacks: Any) -> None:
     """JAX's; a program with callbacks is not written. JAX 0.10 says so itself when it is told of them."""
     if backend.platform == PLATFORM:
         from jax_mps.pjrt import entry
@@ -443,9 +441,7 @@ def _buffer_callbacks() -> None:
     from jax._src import buffer_callback
     from jax._src.interpreters import mlir
 
-    def rule(
-        ctx: Any, *operands: Any, callback: Any, in_tree: Any, out_tree: Any, has_side_effect: bool, input_output_aliases: Any, **_: Any
-    ) -> Any:
+    def rule(ctx: Any, *operands: Any, callback: Any, in_tree: Any, out_tree: Any, has_side_effect: bool, input_output_aliases: Any, **_: Any) -> Any:
         from jax_mps.calls import buffers
 
         outputs = [(aval.shape, aval.dtype) for aval in ctx.avals_out]

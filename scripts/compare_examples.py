@@ -45,11 +45,7 @@ def compare_resnet(folder: Path, steps: int) -> bool:
         with np.load(path) as file:
             results[backend] = dict(file)
     cpu, mps = results["cpu"], results["mps"]
-    errors = {
-        name: float(np.linalg.norm(mps[name] - cpu[name]) / max(np.linalg.norm(cpu[name]), 1e-30))
-        for name in cpu
-        if name.startswith("grad")
-    }
+    errors = {name: float(np.linalg.norm(mps[name] - cpu[name]) / max(np.linalg.norm(cpu[name]), 1e-30)) for name in cpu if name.startswith("grad")}
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     same_leaves = cpu.keys() == mps.keys()
     gradients = verdict(same_leaves and errors[worst] <= GRADIENT, f"resnet: {len(errors)} gradient leaves, worst {errors[worst]:.1e} at {worst}")
@@ -67,9 +63,7 @@ def greedy(output: str) -> tuple[list[int], list[float]]:
 def compare_gpt(folder: Path, steps: int, count: int) -> bool:
     weights = folder / "gpt.npz"
     run("gpt", "cpu", "--steps", steps, "--sample", 0, "--save", weights)
-    outputs = {
-        backend: greedy(run("gpt", backend, "--steps", 0, "--load", weights, "--sample", 0, "--greedy", count)) for backend in ("cpu", "mps")
-    }
+    outputs = {backend: greedy(run("gpt", backend, "--steps", 0, "--load", weights, "--sample", 0, "--greedy", count)) for backend in ("cpu", "mps")}
     (want, margins), (got, _) = outputs["cpu"], outputs["mps"]
     first = next((i for i, pair in enumerate(zip(want, got, strict=True)) if pair[0] != pair[1]), None)
     if first is None:

@@ -122,7 +122,7 @@ def test_show_as_a_graph(store: Store, said: Any, monkeypatch: pytest.MonkeyPatc
     store.put(key(("module", "x")), {"program": GRAPH, "summary": {"name": "jit_loop"}}, {}, {})
     code, text = said("cache", "show", "jit_loop", "--dot")
     assert code == 0
-    for part in ('label="jit_loop"', "after 70 iterations", "7 ops", r'host (XLA CPU)\na \"reason\"', 'label="float32[2,3]"', "subgraph cluster_n2_body"):
+    for part in ('label="jit_loop"', "after 70 iterations", "7 ops", r"host (XLA CPU)\na \"reason\"", 'label="float32[2,3]"', "subgraph cluster_n2_body"):
         assert part in text
     assert text.count("{") == text.count("}")
     assert said("cache", "show", "jit_loop", "--dot", "--json")[1]["dot"] == text

@@ -62,9 +62,7 @@ def test_a_feature_that_fails_costs_itself(monkeypatch: pytest.MonkeyPatch, capl
         compat._install(table)
     assert compat.features() == {"first": "off: AttributeError: no _platforms_with_donation", "second": "on"}
     assert found == ["second"]
-    assert [r.getMessage() for r in caplog.records] == [
-        "with this version of jax, mps goes without 'first': AttributeError: no _platforms_with_donation"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["with this version of jax, mps goes without 'first': AttributeError: no _platforms_with_donation"]
 
 
 def targets(f: Callable[..., Any], *args: Any) -> set[str]:
@@ -282,9 +280,7 @@ def test_callbacks_are_dropped_with_their_programs() -> None:
 
 def test_a_function_outlives_its_program_until_it_ran() -> None:
     """JAX drops a one-off program as soon as it is dispatched, which is before it runs."""
-    assert [float(jax.jit(lambda x, i=i: jax.pure_callback(lambda a: a + i, RESULT, x))(X)[0]) for i in range(20)] == [
-        1.0 + i for i in range(20)
-    ]
+    assert [float(jax.jit(lambda x, i=i: jax.pure_callback(lambda a: a + i, RESULT, x))(X)[0]) for i in range(20)] == [1.0 + i for i in range(20)]
 
 
 def test_other_platforms_keep_their_callbacks() -> None:

@@ -270,7 +270,5 @@ def rows(small: bool) -> list[Row]:
     start = config.context // 2
     return [
         Row(f"{name} train step, {batch} x {length}", *train, rtol=1e-2, peak=True, unit="step"),
-        Row(
-            f"{name} decode, cache of {config.context}", decode_in_jax(config, start), decode_in_mlx(config, start), rtol=2e-2, unit="token"
-        ),
+        Row(f"{name} decode, cache of {config.context}", decode_in_jax(config, start), decode_in_mlx(config, start), rtol=2e-2, unit="token"),
     ]

@@ -49,9 +49,7 @@ def solve_mlx(a: np.ndarray, b: np.ndarray):
 
         def f() -> mx.array:
             factor = mx.linalg.cholesky(x, stream=mx.cpu)
-            return mx.linalg.solve_triangular(
-                factor.swapaxes(-1, -2), mx.linalg.solve_triangular(factor, y, stream=mx.cpu), upper=True, stream=mx.cpu
-            )
+            return mx.linalg.solve_triangular(factor.swapaxes(-1, -2), mx.linalg.solve_triangular(factor, y, stream=mx.cpu), upper=True, stream=mx.cpu)
 
         def run(units: int) -> None:
             for _ in range(units):

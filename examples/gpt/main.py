@@ -133,9 +133,7 @@ def loss_of(params: Params, tokens: jax.Array, config: Config) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=(0, 1))
-def train_step(
-    params: Params, opt_state: optax.OptState, tokens: jax.Array, *, config: Config, optimizer: Any
-) -> tuple[Params, optax.OptState, jax.Array]:
+def train_step(params: Params, opt_state: optax.OptState, tokens: jax.Array, *, config: Config, optimizer: Any) -> tuple[Params, optax.OptState, jax.Array]:
     loss, grads = jax.value_and_grad(loss_of)(params, tokens, config)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
@@ -186,9 +184,7 @@ def decode(params: Params, cache: Cache, token: jax.Array, position: jax.Array, 
 
 
 @partial(jax.jit, static_argnames=("count", "config"))
-def write(
-    params: Params, prompt: jax.Array, key: jax.Array, temperature: jax.Array, *, count: int, config: Config
-) -> tuple[jax.Array, jax.Array]:
+def write(params: Params, prompt: jax.Array, key: jax.Array, temperature: jax.Array, *, count: int, config: Config) -> tuple[jax.Array, jax.Array]:
     """`count` tokens after the prompt, and how far the best logit led the second best at each. Temperature 0 is greedy."""
     positions = len(prompt) + count
     empty = jnp.zeros((config.layers, config.heads, positions, config.head_width))

@@ -83,9 +83,7 @@ def find(marker: str) -> Callback:
     with _lock:
         callback = _table.get(marker)
     if callback is None:
-        raise CallbackGone(
-            f"the Python function behind {marker!r} is gone: the program was lowered in another process, or JAX dropped its module"
-        )
+        raise CallbackGone(f"the Python function behind {marker!r} is gone: the program was lowered in another process, or JAX dropped its module")
     return callback
 
 

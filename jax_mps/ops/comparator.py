@@ -186,6 +186,7 @@ def _constant(steps: dict[Value, Step], value: Value) -> Any:
 
 # ---- keys as integers ------------------------------------------------------------------------------------------------------------
 
+
 def ascending(x: mx.array, key: Key, canonical: bool = False) -> mx.array:
     """Integers whose ascending order is the key's."""
     dtype = key.value.dtype

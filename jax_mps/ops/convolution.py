@@ -388,9 +388,7 @@ def _by_kernel_taps(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     """One feature in, one out: each kernel element scales a shifted slice of the input."""
     kernel = mx.transpose(w, (*conv.kernels[2:], *conv.kernels[1::-1])).reshape(*conv.size, -1)
     spread = [-1 if d == conv.inputs[1] else 1 for d in range(x.ndim)]
-    terms = [
-        _slice(x, conv, place, conv.rhs_dilation, conv.strides, conv.out) * kernel[place].reshape(spread) for place in _places(conv.size)
-    ]
+    terms = [_slice(x, conv, place, conv.rhs_dilation, conv.strides, conv.out) * kernel[place].reshape(spread) for place in _places(conv.size)]
     return mx.transpose(functools.reduce(operator.add, terms), [conv.inputs[conv.outputs.index(d)] for d in range(x.ndim)])
 
 

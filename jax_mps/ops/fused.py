@@ -217,8 +217,7 @@ def _pull_on_cpu(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *
 def attention(op: Step) -> Run:
     """Operands: queries, keys, values, the mask if there is one; in MLX they are (batch, heads, positions, width)."""
     queries, keys, values = (
-        tuple(v.shape[d] for d in order)
-        for v, order in zip(op.operands[:3], (op.queries_order, op.keys_order, op.values_order), strict=True)
+        tuple(v.shape[d] for d in order) for v, order in zip(op.operands[:3], (op.queries_order, op.keys_order, op.values_order), strict=True)
     )
     batches = queries[: sum(kind == "batch" for kind, _ in op.order)]
     length = queries[-2] if len(queries) > len(batches) + 1 else 1

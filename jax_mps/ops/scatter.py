@@ -213,9 +213,7 @@ def _many_windows(op: Step, windows: Windows, kind: str, operand: Value) -> Run:
             summed = functools.partial(bins.sums, bins=locate.rows, dtype=operand.dtype, wrapped=windows.wrapped)
             return lambda x, indices, update: locate.restore(summed(indices, update))
         zeros, spare = MX[operand.dtype], not locate.known_to_fit
-        return lambda x, indices, update: locate.restore(
-            sums(windows.targets(indices), locate.updates(update), (locate.rows, locate.row), zeros, spare=spare)
-        )
+        return lambda x, indices, update: locate.restore(sums(windows.targets(indices), locate.updates(update), (locate.rows, locate.row), zeros, spare=spare))
     put = writer(op, kind, operand.type, to_zeros=to_zeros)
 
     def run(x: mx.array, indices: mx.array, update: mx.array) -> mx.array:

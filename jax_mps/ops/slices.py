@@ -107,5 +107,3 @@ def real_dynamic_slice(op: Step) -> Run:
         return x
 
     return run
-
-

@@ -78,9 +78,7 @@ def _in_blocks(key0: mx.array, key1: mx.array, shape: Shape, drawn: Shape, finis
     keys = mx.reshape(key0, ()), mx.reshape(key1, ())
     block = max(_BLOCK, -(-size // _BLOCKS))
     starts = range(0, size, block)
-    parts = [
-        finish(*three_fry_2x32(keys, (mx.array(0, mx.uint32), mx.arange(start, min(size, start + block), dtype=mx.uint32)))) for start in starts
-    ]
+    parts = [finish(*three_fry_2x32(keys, (mx.array(0, mx.uint32), mx.arange(start, min(size, start + block), dtype=mx.uint32)))) for start in starts]
     return [mx.reshape(mx.concatenate(list(v)), shape) for v in zip(*parts, strict=True)]
 
 

@@ -290,9 +290,7 @@ def _interleaved(phases: Sequence[mx.array], cells: Sequence[int], init: mx.arra
     x = phases[0]
     if len(phases) > 1:
         x = mx.stack(list(phases)).reshape(*grid.strides, *cells)
-        x = mx.transpose(x, [axis for d in range(rank) for axis in (rank + d, d)]).reshape(
-            [c * s for c, s in zip(cells, grid.strides, strict=True)]
-        )
+        x = mx.transpose(x, [axis for d in range(rank) for axis in (rank + d, d)]).reshape([c * s for c, s in zip(cells, grid.strides, strict=True)])
     missing = [max(low + n - size, 0) for low, n, size in zip(grid.low, grid.shape, x.shape, strict=True)]
     if any(missing):
         x = mx.pad(x, [(0, m) for m in missing], constant_values=init)

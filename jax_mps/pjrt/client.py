@@ -183,9 +183,7 @@ class Client:
         """Whether this process must not use function files."""
         return not files_work()
 
-    def load_or_translate(
-        self, code: bytes, raw: Key, markers: Sequence[str], chosen: compile_options.CompileOptions
-    ) -> tuple[Program, str]:
+    def load_or_translate(self, code: bytes, raw: Key, markers: Sequence[str], chosen: compile_options.CompileOptions) -> tuple[Program, str]:
         """A program by its canonical form, from memory or disk; or made anew. The raw bytes will lead to it."""
         from jax_mps.plan import build  # MLIR is imported on this path only
 

@@ -412,9 +412,7 @@ class Scan(Segment):
         results[self.counter] = mx.array(self.start + self.trips * self.step, MX[self.kind])
         return [results[i] for i in range(len(results))]
 
-    def _drive(
-        self, block: Block, length: int, trips: range, carry: list[Any], stacks: list[_Stack], read: list[Any], captures: list[Any]
-    ) -> list[Any]:
+    def _drive(self, block: Block, length: int, trips: range, carry: list[Any], stacks: list[_Stack], read: list[Any], captures: list[Any]) -> list[Any]:
         """Run a block of `length` iterations for each of `trips`, from `carry` to the next."""
         seen = lib.shim_interrupts()
         kept, pace = len(carry), Pace()

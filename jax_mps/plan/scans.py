@@ -18,6 +18,7 @@ from jax_mps.plan.types import DEVICE_DTYPES, Region, Step, TensorType, Value, n
 # Rows that a chunk of iterations returns one by one: each is an output, and Metal's kernels bind 31 buffers.
 MAX_ROWS = 16
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scan:
     """A loop in that form. `body` takes the carries that are left, one row of each of `sources`, and the counter; it returns the carries and one

@@ -24,8 +24,7 @@ DTYPES: dict[str, str] = {mlir: name for name, mlir in MLIR_NAMES.items()}
 
 # What MLX computes on every device; all others are host dtypes (DESIGN.md).
 DEVICE_DTYPES: frozenset[str] = frozenset(
-    ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    + ["float16", "bfloat16", "float32", "complex64", "token"]
+    ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"] + ["float16", "bfloat16", "float32", "complex64", "token"]
 )
 
 # What JAX calls the memories of a device, the default first. All of them are the one that MLX has.

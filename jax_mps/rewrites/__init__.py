@@ -36,9 +36,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("gradient of softmax", softmax.softmax_gradient, _at("multiply"), "gradients read the parts of what comes next", _EXP),
         Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
     ),
-    (
-        Sweep("gradient of a norm", norms.norm_gradients, norms.ROOTS, "gradients read the parts of what comes next"),
-    ),
+    (Sweep("gradient of a norm", norms.norm_gradients, norms.ROOTS, "gradients read the parts of what comes next"),),
     (
         Rewrite("softmax", softmax.softmax, _at("divide"), "nothing else reads its parts by now", _EXP),
         Rewrite("log_softmax", softmax.log_softmax, _at("subtract"), "as above", _EXP),

@@ -153,9 +153,7 @@ class Numbers:
         return known[value]
 
 
-def fuse(
-    name: str, step: Step, operands: Sequence[Value], scope: Scope, attributes: Mapping[str, Any] | None = None, *, shared: bool = False
-) -> Step | None:
+def fuse(name: str, step: Step, operands: Sequence[Value], scope: Scope, attributes: Mapping[str, Any] | None = None, *, shared: bool = False) -> Step | None:
     """One step for all that leads from `operands` to `step`'s results; None if others read what would no longer be computed.
 
     The steps that it replaces stay in the attribute `original`, for the host, as a region whose arguments are the operands. What these read

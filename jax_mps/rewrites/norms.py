@@ -433,9 +433,7 @@ def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Valu
     return next((pair for pair in found if pair[0] in rows.scales), found[0] if found else (arrays[0], None))
 
 
-def _channel_gradient(
-    step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int], sums: Mapping[tuple[Value, tuple[int, ...]], Step]
-) -> Step | None:
+def _channel_gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int], sums: Mapping[tuple[Value, tuple[int, ...]], Step]) -> Step | None:
     """Of batch norm and others not along the last dimension alone, from the sums that the gradients of scale and bias are: one pass over the rows.
 
     sums: reductions, by what they reduce and along which dimensions.

@@ -135,12 +135,7 @@ def _signless(row: Value, exponential: Value, scope: Scope) -> Value:
         if splat(choice.operands[2], scope) != 0.0 or splat(other.operands[1], scope) != 0.0:
             continue
         test = scope.maker(choice.operands[0], "stablehlo.compare")
-        if (
-            test
-            and test.comparison_direction == "GE"
-            and splat(test.operands[1], scope) == 0.0
-            and _is_total(test.operands[0], exponential, scope)
-        ):
+        if test and test.comparison_direction == "GE" and splat(test.operands[1], scope) == 0.0 and _is_total(test.operands[0], exponential, scope):
             return choice.operands[1]
     return row
 

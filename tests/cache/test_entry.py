@@ -97,9 +97,7 @@ def forged(change: Callable[[dict[str, object]], object]) -> bytes:
     fields = json.loads(data[module._PREFIX.size : header.body])
     changed = change(fields)
     text = json.dumps(fields if changed is None else changed).encode()
-    prefix = module._PREFIX.pack(
-        module._MAGIC, len(text), module._PREFIX.size + len(text) + len(data) - header.body, hashlib.sha256(text).digest()
-    )
+    prefix = module._PREFIX.pack(module._MAGIC, len(text), module._PREFIX.size + len(text) + len(data) - header.body, hashlib.sha256(text).digest())
     return prefix + text + data[header.body :]
 
 

@@ -161,8 +161,5 @@ def test_clear_refuses_what_is_not_ours(folder: Path) -> None:
 def test_many_processes_make_the_folder_at_once(folder: Path) -> None:
     """The tag is written first, so none of them takes the folder for somebody else's."""
     code = "import sys; from pathlib import Path; from jax_mps.cache import Store, key; print(Store(Path(sys.argv[1])).put(key(('a', 'b')), {}, {}, {}))"
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, folder], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1)
-        for _ in range(6)
-    ]
+    runs = [subprocess.Popen([sys.executable, "-c", code, folder], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1) for _ in range(6)]
     assert [run.communicate() for run in runs] == [(b"True\n", b"")] * 6

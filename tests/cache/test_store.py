@@ -216,9 +216,7 @@ def fail(number: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("call", ["replace", "open", "write", "makedirs", "fsync"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
-def test_failing_writes_are_not_stored_and_do_not_raise(
-    store: Store, folder: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_writes_are_not_stored_and_do_not_raise(store: Store, folder: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full, read-only and broken disks, and NFS: said once, and the next put works when the disk does."""
     programs.put(store, 0)
     big = {"0.mlxfn": bytes(files.SYNC_FROM)}

@@ -108,9 +108,7 @@ EXITS = {
 def test_the_end_of_the_process(end: str, output: bytes) -> None:
     """What was submitted is written when Python ends, in a bounded time, and once."""
     started = time.perf_counter()
-    result = run(
-        f"import os, sys, time; from jax_mps.cache import Writer; w = Writer(at_exit=1.0); w.submit(lambda: os.write(1, b'written\\n')); {end}"
-    )
+    result = run(f"import os, sys, time; from jax_mps.cache import Writer; w = Writer(at_exit=1.0); w.submit(lambda: os.write(1, b'written\\n')); {end}")
     assert (result.returncode, result.stdout, result.stderr) == (0, output, b"")
     assert time.perf_counter() - started < 20
 

@@ -48,9 +48,7 @@ def loop(inner: Step) -> Step:
         (loop(call("nosuch")), None),
         (loop(loop(Step("stablehlo.outfeed", (), (), text=()))), None),
     ],
-    ids=lambda v: (
-        v if isinstance(v, str) else f"{v.key}({', '.join(s.key for r in v.regions for s in r.walk())})" if isinstance(v, Step) else "none"
-    ),
+    ids=lambda v: v if isinstance(v, str) else f"{v.key}({', '.join(s.key for r in v.regions for s in r.walk())})" if isinstance(v, Step) else "none",
 )
 def test_host_kind(step: Step, kind: str | None) -> None:
     """None is an UNIMPLEMENTED error with the target's name."""

@@ -26,9 +26,7 @@ def programs() -> list[bytes]:
     image, kernel = np.ones((1, 2, 6, 6), np.float32), np.ones((3, 2, 3, 3), np.float32)
     lowered: list[Any] = [
         jax.jit(lambda x, y: jnp.tanh(x @ y) + 1).lower(np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)),
-        jax.jit(lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sort(c[1]) * 2), (0, x))[1]).lower(
-            np.ones(5, np.float32)
-        ),
+        jax.jit(lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sort(c[1]) * 2), (0, x))[1]).lower(np.ones(5, np.float32)),
         jax.jit(lambda x: jax.random.normal(jax.random.key(0), (3,)) + x[jnp.array([0, 2, 1])].sum()).lower(np.ones(5, np.float32)),
         jax.jit(jax.grad(lambda w: jnp.sum(lax.conv_general_dilated(image, w, (1, 1), "SAME") ** 2))).lower(kernel),
     ]

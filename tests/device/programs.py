@@ -28,6 +28,7 @@ def report(**values):
     print("REPORT " + json.dumps({"stats": jax_mps.stats(), **values}))
 """
 
+
 @dataclass(frozen=True)
 class Ran:
     """What a program printed through `report`, and how it ended."""

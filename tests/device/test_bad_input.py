@@ -32,9 +32,7 @@ TWO_DEVICES = "module attributes {mhlo.num_replicas = 2 : i32} { " + IDENTITY + 
 
 def compiled(program: str | bytes) -> Any:
     device = jax.devices("mps")[0]
-    return device.client.compile_and_load(
-        program, executable_devices=xla_client.DeviceList((device,)), compile_options=xla_client.CompileOptions()
-    )
+    return device.client.compile_and_load(program, executable_devices=xla_client.DeviceList((device,)), compile_options=xla_client.CompileOptions())
 
 
 # ---- programs ------------------------------------------------------------------------------------------------------------------
@@ -78,9 +76,7 @@ def read_corruptions(first: int, last: int, log: Path) -> subprocess.CompletedPr
 
 def spawn(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(Path(__file__).with_name("corruptions.py")), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, errors="replace", timeout=250
-    )
+    return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, errors="replace", timeout=250)
 
 
 @pytest.mark.slow

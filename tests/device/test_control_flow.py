@@ -87,9 +87,7 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (ROWS_OF,),
     ),
     "columns": (
-        lambda x: lax.fori_loop(
-            0, 600, lambda i, c: lax.dynamic_update_slice(c, lax.dynamic_slice(x, (0, i), (5, 1)) + 1, (0, i)), jnp.ones((5, 650))
-        ),
+        lambda x: lax.fori_loop(0, 600, lambda i, c: lax.dynamic_update_slice(c, lax.dynamic_slice(x, (0, i), (5, 1)) + 1, (0, i)), jnp.ones((5, 650))),
         (np.ascontiguousarray(ROWS_OF.T),),
     ),
     "integers": (lambda: lax.scan(lambda c, i: (c + i, (c, i)), jnp.int32(0), jnp.arange(1500)), ()),

@@ -98,9 +98,7 @@ def on(device: jax.Device, table: dict[str, Function], x: np.ndarray[Any, Any]) 
 def check(table: dict[str, Function], x: np.ndarray[Any, Any]) -> None:
     with jax.enable_x64(x.dtype == np.float64):
         got, want = on(MPS, table, x), on(CPU, table, x)
-    tolerance = (
-        1e-9 if x.dtype == np.float64 else 2e-3
-    )  # of float32: condition numbers of up to 100, from operands that differ in the last bit
+    tolerance = 1e-9 if x.dtype == np.float64 else 2e-3  # of float32: condition numbers of up to 100, from operands that differ in the last bit
     for name in table:
         for ours, theirs in zip(got[name], want[name], strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name

@@ -223,8 +223,6 @@ def test_unusable_folder_costs_only_the_cache(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-
-
 def test_the_log_names_what_is_on_the_host_once(tmp_path: Path) -> None:
     """Cold or warm, each reason is said once a process; float64 once, not once an op."""
     source = """

@@ -169,12 +169,8 @@ def test_lapack_in_a_process_that_never_used_it() -> None:
         ("call_target_name", '"lapack_dpotrf_ffi"'), ("mhlo.backend_config", "{uplo = 76 : ui8}"),
         ("operand_layouts", column_major + "]"), ("result_layouts", column_major + ", dense<> : tensor<0xindex>]"),
     )  # fmt: skip
-    function = host_function(
-        [x], [Step("stablehlo.custom_call", (x,), (y, info), {"call_target_name": "lapack_dpotrf_ffi"}, text=text)], [y, info]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", _FRESH.format(artifact=function.artifact.hex())], capture_output=True, text=True, check=False
-    )
+    function = host_function([x], [Step("stablehlo.custom_call", (x,), (y, info), {"call_target_name": "lapack_dpotrf_ffi"}, text=text)], [y, info])
+    done = subprocess.run([sys.executable, "-c", _FRESH.format(artifact=function.artifact.hex())], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[[2.0, ")
 

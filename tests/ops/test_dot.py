@@ -81,11 +81,7 @@ CASES += [
     for dtype in INTS
 ]
 CASES += [Case(f"long_{dtype.name}", MATMUL, (whole(40, 1500, dtype=dtype), whole(1500, 3, dtype=dtype))) for dtype in INTS]
-CASES += [
-    Case(f"{name}_bool", f, (R.random(a) > 0.7, R.random(b) > 0.7))
-    for name, f, a, b in LAYOUTS
-    if name in ("matmul", "outer", "empty_sum", "batch")
-]
+CASES += [Case(f"{name}_bool", f, (R.random(a) > 0.7, R.random(b) > 0.7)) for name, f, a, b in LAYOUTS if name in ("matmul", "outer", "empty_sum", "batch")]
 CASES += [
     Case("i8_to_i32", dims(((1,), (0,)), preferred_element_type=np.int32), (whole(5, 7, dtype=np.int8), whole(7, 3, dtype=np.int8))),
     Case(

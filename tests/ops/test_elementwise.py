@@ -221,9 +221,7 @@ def test_survives_export(case):
 def test_zero_has_a_sign_through_rounding():
     """Signs of zero, which the tables' comparison leaves out."""
     x = np.float32([-0.0, -0.3, 0.0])
-    for got in run_on_mlx(
-        Case("zeros", each(lax.sign, away, even, lax.ceil, lambda x: lax.rem(x, x.dtype.type(1))), (x * np.float32(0.1),))
-    )[1:4]:
+    for got in run_on_mlx(Case("zeros", each(lax.sign, away, even, lax.ceil, lambda x: lax.rem(x, x.dtype.type(1))), (x * np.float32(0.1),)))[1:4]:
         assert np.signbit(got).tolist() == [True, True, False]
 
 
@@ -264,9 +262,7 @@ def test_scalars_broadcast_in_bodies():
     """Rows take arrays of any shapes that broadcast: a body's scalars against whole arrays."""
     import mlx.core as mx
 
-    for f, (a, b) in itertools.product(
-        [elementwise.divide, elementwise.remainder, elementwise.power], [((3,), ()), ((), (3,)), ((2, 1), (3,))]
-    ):
+    for f, (a, b) in itertools.product([elementwise.divide, elementwise.remainder, elementwise.power], [((3,), ()), ((), (3,)), ((2, 1), (3,))]):
         x, y = mx.full(a, 7, dtype=mx.int32), mx.full(b, 2, dtype=mx.int32)
         assert f(x, y).shape == np.broadcast_shapes(a, b)
 

@@ -41,9 +41,7 @@ CASES += [
     Case("many_batches", jnp.fft.fft, (imaginary(2, 1, 3, 8),), **TOLERANCE),
     Case("empty_batch", jnp.fft.fft, (imaginary(0, 8),)),
     Case("empty_batch_rfft", jnp.fft.rfft, (real(0, 9),)),
-    Case(
-        "shortened_and_padded", lambda x: (jnp.fft.rfft(x, 5), jnp.fft.rfft(x, 20), jnp.fft.irfft(x + 0j, 9)), (real(3, 12),), **TOLERANCE
-    ),
+    Case("shortened_and_padded", lambda x: (jnp.fft.rfft(x, 5), jnp.fft.rfft(x, 20), jnp.fft.irfft(x + 0j, 9)), (real(3, 12),), **TOLERANCE),
     Case("fftn_4", jnp.fft.fftn, (imaginary(2, 3, 4, 3),), **TOLERANCE),
     Case("one_of_a_view", lambda x: jnp.fft.fft(x[:, ::3], axis=1) + jnp.fft.irfft(x[:, ::3], 1), (imaginary(5, 3),), **TOLERANCE),
     Case("other_axis", lambda x: jnp.fft.fft(x, axis=0), (imaginary(6, 4),), **TOLERANCE),

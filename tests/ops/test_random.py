@@ -70,12 +70,8 @@ SAMPLERS = {
     "complex_normal": lambda k: R.normal(k, (9,), jnp.complex64),
     "rademacher": lambda k: R.rademacher(k, (9,)),
 }
-SAMPLES = [
-    Case(name, drawn(f), (key(),), rtol=2e-5, atol=1e-6) for name, f in SAMPLERS.items()
-]  # 1 ulp near 0 or 1 grows in log and erf_inv
-SAMPLES += [
-    Case(f"rbg_{n}", drawn(SAMPLERS[n], "rbg"), (key("rbg"),), rtol=2e-5, atol=1e-6) for n in ("split", "bits", "uniform", "normal")
-]
+SAMPLES = [Case(name, drawn(f), (key(),), rtol=2e-5, atol=1e-6) for name, f in SAMPLERS.items()]  # 1 ulp near 0 or 1 grows in log and erf_inv
+SAMPLES += [Case(f"rbg_{n}", drawn(SAMPLERS[n], "rbg"), (key("rbg"),), rtol=2e-5, atol=1e-6) for n in ("split", "bits", "uniform", "normal")]
 SAMPLES += [Case("unsafe_rbg_split", drawn(SAMPLERS["split"], "unsafe_rbg"), (key("rbg"),))]
 
 

@@ -57,10 +57,7 @@ CASES = [
     for name, init in [("add", 0), ("mul", 1), ("max", -np.inf), ("min", np.inf)]
     for axes in [(1,), (0, 2), (0, 1, 2), ()]
 ]
-CASES += [
-    Case(f"{name}_nothing_to_find", lambda x, f=f: f(x, 0, np.int32), (normal(2, 0),))
-    for name, f in [("argmax", lax.argmax), ("argmin", lax.argmin)]
-]
+CASES += [Case(f"{name}_nothing_to_find", lambda x, f=f: f(x, 0, np.int32), (normal(2, 0),)) for name, f in [("argmax", lax.argmax), ("argmin", lax.argmin)]]
 CASES += [
     Case(f"{name}_complex64", fold(NAMES[name], init, (0, 2)), (normal(*SHAPE, dtype="complex64"),), rtol=1e-4, atol=1e-4)
     for name, init in [("add", 0), ("mul", 1)]
@@ -87,10 +84,7 @@ CASES += [
 BOOLEAN = """func.func @main(%x: tensor<4x5xi1>, %i: tensor<i1>) -> tensor<4xi1> {{
   %0 = stablehlo.reduce(%x init: %i) applies stablehlo.{} across dimensions = [1] : (tensor<4x5xi1>, tensor<i1>) -> tensor<4xi1>
   return %0 : tensor<4xi1> }}"""
-CASES += [
-    Case(f"{op}_bool", BOOLEAN.format(op), (R.random((4, 5)) > p, np.bool_(i)))
-    for op, p, i in [("add", 0.8, False), ("multiply", 0.2, True)]
-]
+CASES += [Case(f"{op}_bool", BOOLEAN.format(op), (R.random((4, 5)) > p, np.bool_(i))) for op, p, i in [("add", 0.8, False), ("multiply", 0.2, True)]]
 CASES += [
     Case("init_add", fold(lax.add, 3, (1,)), (normal(*SHAPE),), **SUMS),
     Case("init_max", fold(lax.max, 0.5, (0,)), (normal(*SHAPE),)),
@@ -99,10 +93,7 @@ CASES += [
     Case("nan_max", fold(lax.max, -np.inf, (1,)), (np.where(R.random(SHAPE) > 0.9, np.nan, normal(*SHAPE)).astype(np.float32),)),
     Case("nan_min", fold(lax.min, np.inf, (1,)), (np.where(R.random(SHAPE) > 0.9, np.nan, normal(*SHAPE)).astype(np.float32),)),
     Case("inf_sum", fold(lax.add, 0, (0,)), (np.array([[np.inf, np.inf, 1], [1, -np.inf, np.nan]], np.float32),)),
-    *[
-        Case(f"empty_{n}", fold(NAMES[n], i, (1,)), (np.zeros((4, 0, 3), np.float32),))
-        for n, i in [("add", 0), ("max", -np.inf), ("mul", 7)]
-    ],
+    *[Case(f"empty_{n}", fold(NAMES[n], i, (1,)), (np.zeros((4, 0, 3), np.float32),)) for n, i in [("add", 0), ("max", -np.inf), ("mul", 7)]],
     Case("empty_result", fold(lax.add, 0, (1,)), (np.zeros((0, 5), np.float32),)),
     Case("empty_all", lambda x: (jnp.any(x), jnp.all(x)), (np.zeros((0,), bool),)),
     Case("scalar", lambda x: jnp.sum(x), (np.float32(3),)),
@@ -280,11 +271,7 @@ def test_reduce_x64(name, dtype):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        c
-        for c in CASES + ARG
-        if c.name in ("add_float32_1", "two_folds", "logaddexp", "long_sum_rows", "argmax_float32_1", "pair_own_index")
-    ],
+    [c for c in CASES + ARG if c.name in ("add_float32_1", "two_folds", "logaddexp", "long_sum_rows", "argmax_float32_1", "pair_own_index")],
     ids=str,
 )
 def test_reduce_exported(case):

@@ -63,10 +63,7 @@ CASES = [
     Case("nan", window(lax.max, -np.inf, (3,), (1,), "SAME"), (np.array([1, np.nan, 3, 4, np.nan, 0, 1, 2], np.float32),)),
     Case(
         "avg_pool",
-        lambda x: (
-            window(lax.add, 0, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")(x)
-            / window(lax.add, 0, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")(jnp.ones_like(x))
-        ),
+        lambda x: window(lax.add, 0, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")(x) / window(lax.add, 0, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")(jnp.ones_like(x)),
         (normal(*IMAGE),),
         **SUMS,
     ),
@@ -79,9 +76,7 @@ CASES = [
     ),
     Case(
         "two_operands",
-        lambda x, y: lax.reduce_window(
-            (x, y), (np.float32(0), np.float32(-np.inf)), lambda a, b: (a[0] + b[0], lax.max(a[1], b[1])), (2, 2), (1, 2), "SAME"
-        ),
+        lambda x, y: lax.reduce_window((x, y), (np.float32(0), np.float32(-np.inf)), lambda a, b: (a[0] + b[0], lax.max(a[1], b[1])), (2, 2), (1, 2), "SAME"),
         (normal(5, 6), normal(5, 6)),
         **SUMS,
     ),
@@ -164,9 +159,7 @@ CUMULATIVE += [
     Case("cumsum_grad", jax.grad(lambda x: jnp.sin(jnp.cumsum(x, 1)).sum()), (normal(3, 9),), rtol=1e-5, atol=1e-5),
     Case("cumprod_grad", jax.grad(lambda x: jnp.cumprod(x, 1).sum()), (normal(3, 5),), rtol=1e-4, atol=1e-4),
     Case("cummax_grad", jax.grad(lambda x: (lax.cummax(x, 1) ** 2).sum()), (normal(3, 9),), rtol=1e-5),
-    Case(
-        "causal_longer_than_operand", lambda x: lax.reduce_window(x, np.float32(0), lax.add, (12,), (1,), [(11, 0)]), (normal(7),), **SUMS
-    ),
+    Case("causal_longer_than_operand", lambda x: lax.reduce_window(x, np.float32(0), lax.add, (12,), (1,), [(11, 0)]), (normal(7),), **SUMS),
     Case("causal_shorter", lambda x: lax.reduce_window(x, np.float32(0), lax.add, (5,), (1,), [(4, 0)]), (normal(30),), **SUMS),
     *[
         Case(
@@ -229,9 +222,7 @@ def selected(name, init=0, operand=None, **kw):
     dtype = {"f32": "float32", "i32": "int32", "i8": "int8"}[kw["t"]]
     source = tuple(map(int, kw["source"].split("x")))
     operand = ties(7, 6) if operand is None else operand
-    return Case(
-        f"select_{name}", SELECT.format(**kw), (operand.astype(dtype), whole(*source, dtype=np.int8).astype(dtype), np.asarray(init, dtype))
-    )
+    return Case(f"select_{name}", SELECT.format(**kw), (operand.astype(dtype), whole(*source, dtype=np.int8).astype(dtype), np.asarray(init, dtype)))
 
 
 # XLA may take padding for an element of the init value, and in padded windows another than the first of equals.

@@ -120,8 +120,7 @@ PROGRAM = """
 def test_the_three_ways_of_saying_where(tmp_path: Path) -> None:
     """The same numbers with the host allowed, needed or refused, and from disk; it is called only where it is allowed."""
     allowed, again, needed, refused = (
-        run(PROGRAM, tmp_path, **environment)
-        for environment in ({}, {"NO_TRANSLATION": "nor MLIR"}, {"JAX_MPS_HOST": "needed"}, {"JAX_MPS_HOST": "error"})
+        run(PROGRAM, tmp_path, **environment) for environment in ({}, {"NO_TRANSLATION": "nor MLIR"}, {"JAX_MPS_HOST": "needed"}, {"JAX_MPS_HOST": "error"})
     )
     assert all(allowed.report["calls"])
     assert " iterations, the rest on the host" in allowed.report["shown"]
@@ -139,7 +138,12 @@ def test_ctrl_c_ends_a_loop_that_was_lent(bound: str, tmp_path: Path) -> None:
         f"""
         import os, signal, threading, time, jax_mps
         f = jax.jit(lambda x, n: lax.fori_loop(0, {bound}, lambda i, c: jnp.sin(c) + i.astype(c.dtype), x))
-        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        def interrupt():
+            while not jax_mps.stats()["host_calls"]:
+                time.sleep(0.1)
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt).start()
         start = time.time()
         try:
             try:
@@ -155,7 +159,6 @@ def test_ctrl_c_ends_a_loop_that_was_lent(bound: str, tmp_path: Path) -> None:
         tmp_path,
     )
     assert ran.report["how"] == "interrupted"
-    assert ran.report["seconds"] < 10
+    assert ran.report["seconds"] < 30
     assert ran.report["after"] == [6] * 3
     assert ran.report["calls"] >= 1
-

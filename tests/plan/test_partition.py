@@ -74,8 +74,7 @@ def test_every_read_is_written_before() -> None:
 def test_constants_are_copied_not_passed() -> None:
     """A constant that both sides read crosses no boundary."""
     _, block = cut(
-        f"%c = stablehlo.constant dense<2.0> : {T} %0 = stablehlo.cholesky %c, lower = true : {T}"
-        f" %1 = stablehlo.multiply %0, %c : {T} return %1 : {T}"
+        f"%c = stablehlo.constant dense<2.0> : {T} %0 = stablehlo.cholesky %c, lower = true : {T} %1 = stablehlo.multiply %0, %c : {T} return %1 : {T}"
     )
     host, device = block.nodes
     assert host.reads == ()
@@ -102,7 +101,7 @@ def test_the_host_forbidden() -> None:
 
 def test_what_nothing_runs_is_named() -> None:
     with pytest.raises(Unsupported, match="custom_call:nobody"):
-        cut(f'%0 = stablehlo.custom_call @nobody(%a) : ({T}) -> {T} return %0 : {T}')
+        cut(f"%0 = stablehlo.custom_call @nobody(%a) : ({T}) -> {T} return %0 : {T}")
 
 
 def test_a_host_dtype_goes_to_the_host() -> None:

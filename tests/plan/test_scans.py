@@ -41,9 +41,7 @@ def scan_of(index: str = UP, rest: str = "", result: str = "%w", start: int = 0)
     return scans.find_scan(loop, {s.results[0]: s.value for s in plan.steps if s.name == "stablehlo.constant"}, live_steps)
 
 
-@pytest.mark.parametrize(
-    ("index", "row"), [(UP, Row(0, 0, 1)), (WRAPPED, Row(0, 0, 1)), (DOWN, Row(0, 8, -1))], ids=["up", "wrapped", "down"]
-)
+@pytest.mark.parametrize(("index", "row"), [(UP, Row(0, 0, 1)), (WRAPPED, Row(0, 0, 1)), (DOWN, Row(0, 8, -1))], ids=["up", "wrapped", "down"])
 def test_rows_leave_the_body(index: str, row: Row) -> None:
     """What is left is the sine, from row to row."""
     scan = scan_of(index)

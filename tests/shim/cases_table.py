@@ -1035,9 +1035,7 @@ def case_several_devices():
     assert table.Client_AddressableMemories(client=other).num_addressable_memories == 6
     fails(lambda: table.Client_LookupDevice(client=other, id=3), "no device 3", "0 to 2", code=3)
     out = table.new("int[]", 2)
-    table.Client_DefaultDeviceAssignment(
-        client=other, num_replicas=1, num_partitions=2, default_assignment_size=2, default_assignment=out
-    )
+    table.Client_DefaultDeviceAssignment(client=other, num_replicas=1, num_partitions=2, default_assignment_size=2, default_assignment=out)
     assert list(out) == [0, 1]
 
     swap = Program(None, 2, 2, direct=False, devices=((2, 1),), output_memories=(1,), donated=(0, 1))

@@ -18,9 +18,7 @@ RUNNER = HERE / "run_cases.py"
 def run_process(args, timeout=120, **options):
     """The finished process of this Python, with its output."""
     env = os.environ | {"JAX_PLATFORMS": "", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=timeout, env=env, cwd=HERE.parent, **options
-    )
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=timeout, env=env, cwd=HERE.parent, **options)
 
 
 class Results:

@@ -126,9 +126,9 @@ class MlxEngine:
         mx, s = self.mx, self.stream
         if name in ("stablehlo.broadcast_in_dim", "stablehlo.convert"):
             return mx.broadcast_to(args[0], shape[1], stream=s).astype(self.dtypes[shape[0]], stream=s)
-        return {"add": mx.add, "multiply": mx.multiply, "subtract": mx.subtract, "sine": mx.sin, "negate": mx.negative}[
-            name.removeprefix("stablehlo.")
-        ](*args, stream=s)
+        return {"add": mx.add, "multiply": mx.multiply, "subtract": mx.subtract, "sine": mx.sin, "negate": mx.negative}[name.removeprefix("stablehlo.")](
+            *args, stream=s
+        )
 
     def evaluate(self, values):
         self.mx.eval(values)
