@@ -385,6 +385,35 @@ def _transfer_guards() -> None:
     state._add_hooks(told(True, state._update_global_hook), told(False, state._update_thread_local_hook))
 
 
+@_feature("dlpack", _after)
+def _dlpack() -> None:
+    """Other libraries read arrays of mps through DLPack, as host memory: JAX knows cpu and its own GPUs."""
+    from jax._src.array import ArrayImpl
+
+    pack, place = ArrayImpl.__dlpack__, ArrayImpl.__dlpack_device__
+
+    def is_ours(array: Any) -> bool:
+        devices = array.devices()
+        return len(devices) == 1 and next(iter(devices)).platform == PLATFORM
+
+    def __dlpack__(self: Any, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None) -> Any:
+        if not is_ours(self):
+            return pack(self, stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
+        from jax_mps import interop
+
+        return interop.to_dlpack(self, max_version, dl_device, copy)
+
+    def __dlpack_device__(self: Any) -> Any:
+        if not is_ours(self):
+            return place(self)
+        from jax._src.dlpack import DLDeviceType  # type: ignore[attr-defined]
+
+        return DLDeviceType.kDLCPU, 0
+
+    setattr(ArrayImpl, "__dlpack__", __dlpack__)  # noqa: B010  (a type checker refuses to assign to a method)
+    setattr(ArrayImpl, "__dlpack_device__", __dlpack_device__)  # noqa: B010
+
+
 @_feature("persistent cache", _after)
 def _persistent_cache() -> None:
     """JAX's own compilation cache, where the user turns it on: it is for platforms on a list inside one function."""

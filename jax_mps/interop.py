@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -51,6 +52,40 @@ def from_mlx(array: Any) -> Any:
     address = stand_in.__array_interface__["data"][0]
     buffer.announce(address, array)
     return compat.put_on_mps(np.broadcast_to(stand_in, tuple(array.shape)))
+
+
+class _Writable:
+    """An array's memory, without the flag that it is only to be read: before its version 1.0, DLPack has no way to say so."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+
+
+def to_dlpack(array: Any, max_version: tuple[int, int] | None, device: tuple[Any, int] | None, copy: bool | None) -> Any:
+    """A capsule of an array's memory, as NumPy sees it: shared where NumPy shares it, which is not on CUDA.
+
+    Raises:
+        BufferError: another device than the host is asked for, or a copy forbidden that is needed.
+    """
+    import jax
+
+    if device is not None and (int(device[0]), device[1]) != (1, 0):
+        raise BufferError(f"arrays of mps are host memory to DLPack, kDLCPU (1, 0); asked for was {device}")
+    copied = runtime.device_kind() == "cuda"
+    if copied and copy is False:
+        raise BufferError("an array on a GPU cannot be read from the host without a copy")
+    values = np.asarray(array)
+    if values.dtype.isbuiltin != 1:  # of JAX's own dtypes, DLPack knows some, and NumPy none
+        if copy is False:
+            raise BufferError(f"NumPy has no DLPack type for {values.dtype}, so that it takes a copy on JAX's cpu device")
+        return jax.device_put(array, jax.devices("cpu")[0]).__dlpack__()
+    if copy and not copied:
+        values = values.copy()
+    if max_version is not None and max_version >= (1, 0):
+        with suppress(TypeError):  # NumPy before 2.1
+            return values.__dlpack__(max_version=max_version)
+    return np.asarray(_Writable(values)).__dlpack__()
 
 
 def explain(compiled: Any) -> str:

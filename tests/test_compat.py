@@ -27,7 +27,7 @@ RESULT = jax.ShapeDtypeStruct((4,), np.float32)
 FEATURES = {
     "nonexperimental", "cpu beside mps", "donation", "linear algebra", "callbacks", "debug callbacks", "approx_top_k", "ffi targets",
     "random bits", "rules of cpu", "platform_dependent", "persistent cache", "buffer callbacks",
-    "exported for cpu", "profiler", "transfer guards",
+    "exported for cpu", "profiler", "transfer guards", "dlpack",
 }  # fmt: skip
 
 

@@ -68,3 +68,49 @@ def test_an_array_of_another_platform_is_refused() -> None:
 def test_not_an_mlx_array() -> None:
     with pytest.raises(TypeError, match="mlx"):
         jax_mps.from_mlx(jnp.ones(3))
+
+
+# ---- DLPack ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint32", "float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4), (0, 2)], ids=str)
+def test_arrays_leave_through_dlpack(dtype: str, shape: tuple[int, ...]) -> None:
+    """JAX's own reader asks for a version without a flag for read-only memory, NumPy for one with it."""
+    x = jnp.asarray(np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype))
+    readers = [jax.dlpack.from_dlpack] if dtype == "bfloat16" else [jax.dlpack.from_dlpack, np.from_dlpack]
+    for reader in readers:
+        there = reader(x)
+        assert (there.shape, there.dtype) == (shape, x.dtype)
+        np.testing.assert_array_equal(np.asarray(there), np.asarray(x))
+
+
+def test_what_leaves_is_the_array_s_own_memory() -> None:
+    x = jnp.arange(6.0) * 2
+    there = np.from_dlpack(x)
+    assert there.__array_interface__["data"][0] == x.unsafe_buffer_pointer()
+    assert not there.flags.writeable
+    del x  # the reader keeps it
+    np.testing.assert_array_equal(there, np.arange(6.0) * 2)
+
+
+def test_a_copy_is_a_copy() -> None:
+    x = jnp.arange(6.0)
+    there = np.from_dlpack(x, copy=True)
+    assert there.__array_interface__["data"][0] != x.unsafe_buffer_pointer()
+    there[:] = 0
+    assert float(x.sum()) == 15
+
+
+def test_what_dlpack_cannot_do() -> None:
+    x = jnp.arange(6.0)
+    assert x.__dlpack_device__() == (1, 0)
+    with pytest.raises(BufferError, match="kDLCPU"):
+        x.__dlpack__(dl_device=(2, 0))
+    with pytest.raises(BufferError, match="bfloat16"):
+        x.astype(jnp.bfloat16).__dlpack__(copy=False)
+    x.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        x.__dlpack__()
+    on_cpu = jax.device_put(np.ones(3, np.float32), jax.devices("cpu")[0])
+    np.testing.assert_array_equal(np.from_dlpack(on_cpu), np.ones(3))
