@@ -113,11 +113,29 @@ def logistic(x: mx.array) -> mx.array:
 
 
 def tanh(x: mx.array) -> mx.array:
-    return mx.tanh(x)
+    """Metal's kernel subtracts what is nearly equal from 1, CUDA's doubles the imaginary part, which may overflow (MLX 0.32)."""
+    return mx.tanh(x) if device_kind() == "cpu" else complex_(*_tanh(mx.real(x), mx.imag(x)))
 
 
 def tan(x: mx.array) -> mx.array:
-    return mx.tan(x)
+    """As above: -i tanh(ix)."""
+    if device_kind() == "cpu":
+        return mx.tan(x)
+    re, im = _tanh(-mx.imag(x), mx.real(x))
+    return complex_(im, -re)
+
+
+def _tanh(re: mx.array, im: mx.array) -> tuple[mx.array, mx.array]:
+    """sinh(re) cosh(re) and sin(im) cos(im), both over sinh(re)^2 + cos(im)^2; at infinities, and zero beside NaN, as C's annex G has it."""
+    far, endless = mx.abs(re) > 10, mx.abs(re) == math.inf
+    near = mx.clip(re, -10, 10)
+    sin, cos, sinh = mx.sin(im), mx.cos(im), mx.sinh(near)
+    over = sinh * sinh + cos * cos
+    sign = mx.where(endless | mx.isfinite(im), mx.sign(re), math.nan)
+    top = mx.where(far, sign, sinh * mx.cosh(near) / over)
+    side = mx.where(far, 4 * sin * cos * mx.exp(-2 * mx.abs(re)), sin * cos / over)
+    side = mx.where(endless & ~mx.isfinite(im), 0.0, side)
+    return mx.where(re == 0, re, top), mx.where(im == 0, im, side)
 
 
 def sin(x: mx.array) -> mx.array:
