@@ -185,4 +185,4 @@ def test_a_wrong_variable(variable: str) -> None:
 def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     ran = run("print(jnp.ones(3))", tmp_path, check=False, JAX_MPS_HOST="never")
     assert ran.code == 1
-    assert "JAX_MPS_HOST='never': choose one of allow, error" in ran.output
+    assert "JAX_MPS_HOST='never': choose one of allow, needed, error" in ran.output
