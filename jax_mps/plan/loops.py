@@ -90,11 +90,11 @@ def inline(region: Region, arguments: Sequence[Value], steps: list[Step]) -> tup
     """Append a copy of the region's steps for the given arguments to `steps`; returns the copy's results."""
     names: dict[Value, Value] = dict(zip(region.arguments, arguments, strict=True))
     for step in region.steps:
-        steps.append(_renamed(step, names))
+        steps.append(renamed(step, names))
     return tuple(names.get(v, v) for v in region.results)
 
 
-def _renamed(step: Step, names: dict[Value, Value]) -> Step:
+def renamed(step: Step, names: dict[Value, Value]) -> Step:
     results = tuple(Value(v.type) for v in step.results)
     operands = tuple(names.get(v, v) for v in step.operands)
     regions = tuple(_renamed_region(r, names) for r in step.regions)
@@ -106,7 +106,7 @@ def _renamed_region(region: Region, names: dict[Value, Value]) -> Region:
     inner = dict(names)
     arguments = tuple(Value(v.type) for v in region.arguments)
     inner.update(zip(region.arguments, arguments, strict=True))
-    steps = tuple(_renamed(s, inner) for s in region.steps)
+    steps = tuple(renamed(s, inner) for s in region.steps)
     return Region(arguments, steps, tuple(inner.get(v, v) for v in region.results))
 
 
@@ -128,8 +128,18 @@ def unroll(body: Region, initial: Sequence[Value], trips: int, counter: Counter,
     return tuple(carry)
 
 
-def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bool], kept: Set[Step] = frozenset()) -> Region:
-    """The region with every short loop of static trip count, inner ones first, replaced by copies of its body.
+Hoist = Callable[[Step, Constants], tuple[list[Step], Step]]  # what runs before a loop, and the loop without it
+
+
+def unroll_short(
+    region: Region,
+    constants: Constants,
+    fits: Callable[[Step], bool],
+    kept: Set[Step] = frozenset(),
+    hoist: Hoist = lambda loop, constants: ([], loop),
+) -> Region:
+    """The region with every short loop of static trip count, inner ones first, replaced by copies of its body; of each, `hoist` takes what may
+    leave its body first.
 
     `fits` says whether the device can run a step; a loop with one that it cannot run is left alone, and so are those in `kept`.
     """
@@ -141,19 +151,24 @@ def unroll_short(region: Region, constants: Constants, fits: Callable[[Step], bo
     for original in region.steps:
         inner = original
         if original.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if") and original not in kept:
-            inner = replace(original, regions=tuple(unroll_short(r, known, fits, kept) for r in original.regions))
-        step = _renamed(inner, names)
+            inner = replace(original, regions=tuple(unroll_short(r, known, fits, kept, hoist) for r in original.regions))
+        step = renamed(inner, names)
         if step.name == "stablehlo.constant":
             known[original.results[0]] = known[step.results[0]] = step.value
         results = step.results
         if step.name == "stablehlo.while" and original not in kept:
             step, results = without_invariants(step)
+            constant, step, ends = with_one_counter(step, known)
+            before, step = hoist(step, known)
+            steps += (*constant, *before)
+            known.update((s.results[0], s.value) for s in constant)
             carry = _unrolled(step, known, fits, steps)
             if carry is None:
                 steps.append(step)
             else:
-                again = dict(zip(step.results, carry, strict=True))
-                results = tuple(again.get(v, v) for v in results)
+                ends.update(zip(step.results, carry, strict=True))
+            results = tuple(ends.get(v, v) for v in results)
+            known.update((v, known[end]) for v, end in zip(original.results, results, strict=True) if end in known)
         else:
             steps.append(step)
         names.update(zip(original.results, results, strict=True))
@@ -172,13 +187,53 @@ def without_invariants(loop: Step) -> tuple[Step, tuple[Value, ...]]:
     def slim(region: Region, results: Sequence[Value]) -> Region:
         arguments = tuple(Value(region.arguments[i].type) for i in kept)
         names = {region.arguments[i]: loop.operands[i] for i in fixed} | dict(zip((region.arguments[i] for i in kept), arguments, strict=True))
-        steps = tuple(_renamed(s, names) for s in region.steps)
+        steps = tuple(renamed(s, names) for s in region.steps)
         return Region(arguments, steps, tuple(names.get(v, v) for v in results))
 
     regions = (slim(cond, cond.results), slim(body, [body.results[i] for i in kept]))
     operands, results = (tuple(values[i] for i in kept) for values in (loop.operands, loop.results))
     slimmer = replace(loop, operands=operands, results=results, regions=regions)
     return slimmer, tuple(loop.operands[i] if i in fixed else v for i, v in enumerate(loop.results))
+
+
+def with_one_counter(loop: Step, constants: Constants) -> tuple[list[Step], Step, dict[Value, Value]]:
+    """The loop without carries that count as its counter does: `fori_loop` has one beside that of the scan that it is. Constants, and what stands for
+    the results that are gone: these."""
+    counted = static_trips(loop, constants)
+    if counted is None or not counted.trips:
+        return [], loop, {}
+    (cond, body), position = loop.regions, counted.counter.position
+    inside, tested = {**constants, **_constants(body)}, {v for s in cond.walk() for v in s.operands}
+    counter, distance = body.arguments[position], counted.trips * counted.counter.step
+    names: dict[Value, Value] = {}
+    counting, ends = list[Step](), dict[Value, Step]()
+    for i, argument in enumerate(body.arguments):
+        start = constants.get(loop.operands[i])
+        if i == position or start is None or argument.type != counter.type or cond.arguments[i] in tested:
+            continue
+        info, apart = np.iinfo(np.dtype(argument.dtype)), int(start) - counted.start
+        if increment(body, i, inside) != counted.counter.step or not all(info.min <= n <= info.max for n in (apart, int(start) + distance)):
+            continue
+        names[argument] = _moved(counter, apart, counting)
+        ends[loop.results[i]] = constant_step(np.asarray(int(start) + distance, argument.dtype), argument.dtype)
+    if not names:
+        return [], loop, {}
+    kept = [i for i, v in enumerate(loop.results) if v not in ends]
+    steps = [*counting, *(renamed(s, names) for s in body.steps)]
+    slim = Region(tuple(body.arguments[i] for i in kept), tuple(steps), tuple(names.get(body.results[i], body.results[i]) for i in kept))
+    tests = replace(cond, arguments=tuple(cond.arguments[i] for i in kept))
+    operands, results = (tuple(values[i] for i in kept) for values in (loop.operands, loop.results))
+    slimmer = replace(loop, operands=operands, results=results, regions=(tests, slim))
+    return list(ends.values()), slimmer, {v: s.results[0] for v, s in ends.items()}
+
+
+def _moved(counter: Value, distance: int, steps: list[Step]) -> Value:
+    """The counter, so far from itself, which must be in its range in every iteration."""
+    if not distance:
+        return counter
+    constant = constant_step(np.asarray(distance, counter.dtype), counter.dtype)
+    steps += [constant, Step("stablehlo.add", (counter, constant.results[0]), (Value(counter.type),), text=())]
+    return steps[-1].results[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Draft:
     arms: tuple[DraftBlock, ...] = ()
     carry: int = 0
     scan: scans.Scan | None = None
+    ahead: int = 0  # ops of a scan that are computed before it
     condition: Condition | None = None
     kept: tuple[int, ...] = ()
     counters: tuple[tuple[int, int], ...] = ()
@@ -110,6 +111,12 @@ def host_loops(body: Region, target: Target) -> frozenset[Step]:
         return frozenset()
     drafts = _Cutter(target).block(body, ()).walk()
     return frozenset(s for draft in drafts if draft.kind == "host" for s in draft.steps if s.regions)
+
+
+def stays(loop: Step, constants: loops.Constants, target: Target) -> bool:
+    """Whether the device runs a loop and all of its steps."""
+    cutter = _Cutter(target, {v: Step("stablehlo.constant", (), (v,), {"value": value}) for v, value in constants.items()})
+    return not cutter.lent(loop) and not any(cutter.is_refused(s) for region in loop.regions for s in region.walk())
 
 
 def own_results(body: Region, donated: Sequence[int]) -> Region:
@@ -343,7 +350,7 @@ class _Cutter:
         captures = self.captures(scan.body)
         carried = tuple(step.operands[i] for i in (*scan.kept, *(i for i, _ in scan.stacks)))
         reads = carried + tuple(v for v, _ in scan.sources) + captures
-        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan)
+        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan, ahead=step.attributes.get("hoisted", 0))
         length = scan.chunk_length(self.target.chunk_steps)
         if length > 1:
             chunk = self.inner().block(scan.repeated(length), captures)

@@ -26,7 +26,7 @@ from jax_mps.plan.tensors import Layout, Layouts, Memories, TensorType
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of the manifest; raise it when its meaning changes
+FORMAT = 4  # of the manifest; raise it when its meaning changes
 
 
 class Program(Record):

@@ -102,6 +102,15 @@ def _slice(value: Value, axis: int, index: int, steps: list[Step]) -> Value:
 
 def find_scan(loop: Step, constants: Constants, live: Callable[[Region], list[Step]]) -> Scan | None:
     """The loop as a Scan; None where its counter is not known now, or may wrap around. `live` gives a region's steps without the dead ones."""
+    reader = read_counter(loop, constants, live)
+    if reader is None:
+        return None
+    scan = reader.scan()
+    return replace(scan, body=replace(scan.body, steps=tuple(live(scan.body))))
+
+
+def read_counter(loop: Step, constants: Constants, live: Callable[[Region], list[Step]]) -> Reader | None:
+    """What reads the body of a loop that runs once or more, and whose counter is known; None of any other."""
     cond, body = loop.regions
     counter = find_counter(cond, body, constants)
     if counter is None or counter.position in invariants(body):
@@ -116,14 +125,11 @@ def find_scan(loop: Step, constants: Constants, live: Callable[[Region], list[St
     if start is None or bound is None or not in_range(counter, int(start), bound, loop.operands[counter.position].type):
         return None
     trips = counter.trips(int(start), bound)
-    if trips < 1:
-        return None
     body = replace(body, steps=tuple(live(body)))
-    scan = _Finder(body, counter.position, int(start), counter.step, trips, constants).scan()
-    return replace(scan, body=replace(scan.body, steps=tuple(live(scan.body))))
+    return Reader(body, counter.position, int(start), counter.step, trips, constants) if trips >= 1 else None
 
 
-class _Finder:
+class Reader:
     """Reads one body."""
 
     def __init__(self, body: Region, counter: int, start: int, step: int, trips: int, constants: Constants) -> None:
@@ -144,7 +150,7 @@ class _Finder:
         counter = self.body.arguments[self.counter]
         results = [self.body.results[i] for i in kept] + [update.operands[1] for update, _ in stacks.values()]
         arguments = (*(self.body.arguments[i] for i in kept), *rows.values(), counter)
-        lean = _renamed(Region(arguments, tuple(s for s in self.body.steps if s not in gone), tuple(results)), renamed)
+        lean = in_place(Region(arguments, tuple(s for s in self.body.steps if s not in gone), tuple(results)), renamed)
         return Scan(
             lean,
             kept,
@@ -234,9 +240,9 @@ class _Finder:
         return answers.pop() if len(answers) == 1 else None  # both are straight lines: their order changes once at most
 
 
-def _renamed(region: Region, names: Mapping[Value, Value]) -> Region:
+def in_place(region: Region, names: Mapping[Value, Value]) -> Region:
     """The region with other values in place of some."""
-    steps = tuple(replace(s, operands=tuple(names.get(v, v) for v in s.operands), regions=tuple(_renamed(r, names) for r in s.regions)) for s in region.steps)
+    steps = tuple(replace(s, operands=tuple(names.get(v, v) for v in s.operands), regions=tuple(in_place(r, names) for r in s.regions)) for s in region.steps)
     return Region(region.arguments, steps, tuple(names.get(v, v) for v in region.results))
 
 

@@ -70,6 +70,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
         case Scan():
             taken = f"rows of {len(segment.sources)} arrays taken, of {len(segment.stacks)} stacked"
             yield f"{indent}loop, {segment.trips} times, {len(segment.kept)} values carried, {taken}"
+            if segment.ahead:
+                yield f"{indent}  {segment.ahead} {'ops' if segment.ahead > 1 else 'op'} of its body computed before it, for all iterations at once"
             if segment.chunk:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             for block in [b for b in (segment.body, segment.chunk) if b is not None][:1]:

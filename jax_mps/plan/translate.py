@@ -16,7 +16,7 @@ from jax_mps.errors import InvalidProgram
 from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
 from jax_mps.ops.registry import Lowerer, has_lowering, is_elementwise
-from jax_mps.plan import build, control, export, loops, segments
+from jax_mps.plan import build, control, export, hoisting, loops, segments
 from jax_mps.plan.boundary import COSTS
 from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
@@ -43,7 +43,11 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     where = target(lowerer)
     has_loops = any(s.name == "stablehlo.while" for s in plan.body.walk())
     kept = host_loops(plan.body, where) if has_loops else frozenset()
-    unrolled = loops.unroll_short(plan.body, {}, lambda step: is_device_step(step) and lowerer.refusal(step) is None, kept)
+
+    def fits(step: Step) -> bool:
+        return is_device_step(step) and lowerer.refusal(step) is None
+
+    unrolled = loops.unroll_short(plan.body, {}, fits, kept, lambda loop, constants: hoisting.hoisted(loop, constants, where))
     plan = rewrite(replace(plan, body=unrolled))
     draft = partition(plan, where)
     files = ExportedFiles()
@@ -182,6 +186,7 @@ class _Assembler:
             body=self.block(draft.body) if draft.body else None,
             chunk=self.block(draft.chunk) if draft.chunk else None,
             chunk_length=draft.chunk_length,
+            ahead=draft.ahead,
         )
 
     def until(self, draft: Draft) -> control.Until:
