@@ -190,7 +190,10 @@ def logistic(x: mx.array) -> mx.array:
     if x.dtype == mx.complex64:
         return complex_.logistic(x)
     f = x.astype(mx.float32)  # half types' own kernels round twice
-    y = 1.0 / (1.0 + exp(-f)) if device_kind() == "cpu" else mx.sigmoid(f)
+    if device_kind() != "cpu":
+        y = mx.sigmoid(f)
+    else:
+        y = 1.0 / (mx.expm1(-f) + 2.0 if x.size < _SMALL else exp(-f) + 1.0)
     return y.astype(x.dtype)
 
 

@@ -33,6 +33,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("random bits", threefry.bits, _at("xor"), "once their counters are known to be positions", frozenset(["jax_mps.threefry_counted"])),
         Rewrite("uniform numbers", threefry.unit, _at("subtract"), "any time", _at("bitcast_convert")),
         Rewrite("erf_inv", special.erf_inv, _at("select"), "any time", _at("log_plus_one")),
+        Rewrite("sigmoid", special.logistic, _at("divide"), "any time", _EXP),
         Rewrite("gradient of softmax", softmax.softmax_gradient, _at("multiply"), "gradients read the parts of what comes next", _EXP),
         Rewrite("gradient of log_softmax", softmax.normalised_times, _at("multiply"), "as above", _EXP),
     ),

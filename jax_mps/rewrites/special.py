@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jax_mps.plan.types import Step
-from jax_mps.rewrites.match import Numbers, fuse
+from jax_mps.rewrites.match import Numbers, fuse, splat
 from jax_mps.rewrites.table import Scope
 
 # M. Giles, "Approximating the erfinv function" (2010), highest power first: where -log(1 - x^2) < 5, and beyond
@@ -46,3 +46,16 @@ def _erf_inv(of: Callable[..., int], x: int) -> int:
         p = of("add", of("select", central, constant(a), constant(b)), of("multiply", p, t))
     edge = of("compare", "EQ", of("abs", x), constant(1))
     return of("select", edge, of("multiply", x, constant(math.inf)), of("multiply", p, x))
+
+
+def logistic(step: Step, scope: Scope) -> Step | None:
+    """1 / (1 + exp(-x)), as JAX writes sigmoid and silu."""
+    total = scope.maker(step.operands[1], "stablehlo.add")
+    if total is None or not step.result.is_floating or splat(step.operands[0], scope) != 1.0:
+        return None
+    for one, power in (total.operands, total.operands[::-1]):
+        made = scope.maker(power, "stablehlo.exponential")
+        negative = made and scope.maker(made.operands[0], "stablehlo.negate")
+        if negative and splat(one, scope) == 1.0:
+            return fuse("stablehlo.logistic", step, negative.operands, scope)
+    return None
