@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PRIORITY = 400
 _OWN = "jax_mps.plugin"
-_MINIMUM_MLX = (0, 32, 2)
+_MINIMUM_MLX = (0, 32, 4)
 
 
 class _Unusable(Exception):

@@ -107,7 +107,7 @@ def test_an_old_mlx(own: Path, tmp_path: Path) -> None:
     old.mkdir(parents=True)
     (old / "__init__.py").write_text("")
     (old / "core.py").write_text("__version__ = '0.31.0.dev3'")
-    assert "MLX 0.31.0.dev3 is installed, 0.32.2 or later is needed" in run(SHOW, None, old.parent, own)
+    assert "MLX 0.31.0.dev3 is installed, 0.32.4 or later is needed" in run(SHOW, None, old.parent, own)
 
 
 def test_call_targets_that_jaxlib_keeps_back(own: Path) -> None:

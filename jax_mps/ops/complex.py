@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 
 from jax_mps.ops.bits import constant as const
+from jax_mps.ops.bits import signed
 from jax_mps.ops.registry import elementwise
 from jax_mps.ops.target import device_kind
 
@@ -69,11 +70,26 @@ def sign(x: mx.array) -> mx.array:
 
 
 def sqrt(x: mx.array) -> mx.array:
-    return mx.sqrt(x)
+    """Metal's kernel takes the smaller part from a difference of numbers that may be nearly equal."""
+    return _sqrt_scaled(x) if device_kind() == "metal" else mx.sqrt(x)
+
+
+def _sqrt_scaled(x: mx.array) -> mx.array:
+    """The larger part is the root of (|x| + |re|) / 2, of a quarter of large numbers; the smaller is what makes twice the product im."""
+    re, im = mx.real(x), mx.imag(x)
+    large = mx.maximum(mx.abs(re), mx.abs(im)) > 1e38
+    z = complex_(mx.where(large, re * 0.25, re), mx.where(large, im * 0.25, im))
+    a, b = mx.abs(mx.real(z)), mx.abs(mx.imag(z))
+    more = mx.where((a == math.inf) | (b == math.inf), math.inf, mx.sqrt(0.5 * (a + _abs_scaled(z))))
+    less = mx.where((more == 0) | (b == math.inf), b, 0.5 * b / more)
+    scale = mx.where(large, 2.0, 1.0)
+    left = re < 0
+    y = mx.where(left, more, less) * scale
+    return complex_(mx.where(left, less, more) * scale, mx.where(signed(im) < 0, -y, y))
 
 
 def rsqrt(x: mx.array) -> mx.array:
-    return divide(const(1, mx.complex64), mx.sqrt(x))
+    return divide(const(1, mx.complex64), sqrt(x))
 
 
 def exponential(x: mx.array) -> mx.array:
@@ -104,7 +120,7 @@ def log1p(x: mx.array) -> mx.array:
 def atan2(y: mx.array, x: mx.array) -> mx.array:
     """-i log((x + iy) / sqrt(x^2 + y^2))."""
     i = const(1j, mx.complex64)
-    return -i * mx.log(divide(x + i * y, mx.sqrt(x * x + y * y)))
+    return -i * mx.log(divide(x + i * y, sqrt(x * x + y * y)))
 
 
 def logistic(x: mx.array) -> mx.array:

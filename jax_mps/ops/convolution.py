@@ -123,7 +123,7 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     padding, dilation = conv.padding, conv.lhs_dilation
     if any(side < 0 for sides in padding for side in sides):  # with a dilated input MLX cuts before it dilates
         x, padding, dilation = _padded(_dilated(x, conv), conv), ((0, 0),) * conv.rank, (1,) * conv.rank
-    flip = max(dilation) > 1 and device_kind() == "cuda"
+    flip = (max(dilation) > 1 and device_kind() == "cuda") or _is_rough(x, w, dataclasses.replace(conv, lhs_dilation=dilation))
     if flip:
         w = _reversed(w, conv.kernels[2:])
     low, high = [sides[0] for sides in padding], [sides[1] for sides in padding]
@@ -140,6 +140,15 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     )
     out = split(multiply, x, w) if conv.precise and device_kind() == "cuda" and x.dtype == mx.float32 else multiply(x, w)
     return mx.transpose(out.astype(dtype), _inverse(_features_last(conv.outputs)))
+
+
+def _is_rough(x: mx.array, w: mx.array, conv: _Conv) -> bool:
+    """Whether Metal would compute it by Winograd's algorithm, for which it rounds transformed images to the type (of half types, 40 times the error;
+    mlx#4242), and must not. That is for kernels of 3 x 3 that move by 1 and are not to be flipped."""
+    if device_kind() != "metal" or (x.dtype == mx.float32 and not conv.precise):
+        return False
+    plain = set(conv.strides) == set(conv.lhs_dilation) == set(conv.rhs_dilation) == {1} and conv.groups == 1
+    return plain and conv.size == (3, 3) and x.shape[conv.inputs[1]] % 32 == 0 == w.shape[conv.kernels[0]] % 32
 
 
 def _is_halved(conv: _Conv) -> bool:

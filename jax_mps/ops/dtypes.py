@@ -27,6 +27,11 @@ def mx_array(value: np.ndarray[Any, Any], dtype: str) -> mx.array:
     return mx.array(dense, dtype=MX[dtype])
 
 
-def scalar(value: float | int | bool | complex, dtype: str) -> mx.array:
-    """A 0-d array in a device dtype, for constants inside lowerings: a bare Python float would promote half types' results silently."""
-    return mx.array(value, dtype=MX[dtype])
+def literal(value: np.ndarray[Any, Any], dtype: str) -> mx.array:
+    """A constant of a program. MLX writes a 0-d one into the source of a fused kernel, but -0 as 0, and of complex ones NaN and infinity as
+    words that a compiler need not know (0.32.4): those are views of arrays of one element."""
+    if value.ndim == 0 and dtype.startswith(("float", "bfloat", "complex")):
+        parts = np.asarray(value).reshape(1).astype(np.complex64 if dtype == "complex64" else np.float32).view(np.float32)
+        if (np.signbit(parts) & (parts == 0)).any() or (dtype == "complex64" and not np.isfinite(parts).all()):
+            return mx.reshape(mx_array(np.asarray(value).reshape(1), dtype), ())
+    return mx_array(value, dtype)

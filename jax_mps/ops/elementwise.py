@@ -15,7 +15,7 @@ from jax_mps.errors import Unsupported
 from jax_mps.ops import bits
 from jax_mps.ops import complex as complex_
 from jax_mps.ops.bits import constant as const
-from jax_mps.ops.dtypes import BITS, MX, mx_array
+from jax_mps.ops.dtypes import BITS, MX, literal
 from jax_mps.ops.registry import LoweredRegion, Run, defining_step, elementwise, lowers, mark_elementwise
 from jax_mps.ops.shapes import small_on_cpu
 from jax_mps.ops.target import device_kind
@@ -354,9 +354,18 @@ def bitcast_convert(op: Step) -> Run:
         raise Unsupported(op, "a bitcast of bool to or from another type")
     if BITS[source] > BITS[target]:
         return lambda x: x[..., None].view(dtype)
+    if BITS[source] < BITS[target] and device_kind() != "cpu" and target != "complex64":
+        return lambda x: _joined(x, bits.UINT[BITS[target]]).view(dtype)
     if BITS[source] < BITS[target]:
         return lambda x: x.view(dtype)[..., 0]
     return lambda x: x.view(dtype)
+
+
+def _joined(x: mx.array, word: mx.Dtype) -> mx.array:
+    """The elements along the last axis as one word, the first lowest. A view may start where no GPU reads a word: a slice's at any element."""
+    width = bits.WIDTH[x.dtype]
+    places = mx.array([width * i for i in range(x.shape[-1])], word)
+    return mx.sum(bits.unsigned(x).astype(word) << places, axis=-1).astype(word)
 
 
 # (exponent bits, mantissa bits) of the floats that are reduced
@@ -411,8 +420,8 @@ def constant(op: Step) -> Run:
     if value.size == 0:
         return lambda: mx.zeros(shape, MX[dtype])
     if value.ndim and not any(value.strides) and not small_on_cpu(op.result):
-        return lambda: mx.broadcast_to(mx_array(value[(0,) * value.ndim], dtype), shape)
-    return lambda: mx_array(value, dtype)
+        return lambda: mx.broadcast_to(literal(value[(0,) * value.ndim], dtype), shape)
+    return lambda: literal(value, dtype)
 
 
 @lowers("stablehlo.map")

@@ -70,22 +70,28 @@ def _is_large(rows: mx.array, updates: mx.array) -> bool:
     return bool(rows.size > _LARGE * updates.size)
 
 
-def _spare(scatter: Scatter, rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array) -> mx.array:
+def _spare(scatter: Scatter, rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
     """Scatter into one row more, where dropped updates go."""
     count = rows.shape[0]
     longer = mx.concatenate([rows, mx.zeros((1, rows.shape[1]), rows.dtype)])
-    return scatter(longer, mx.where(fits, index, mx.array(count, index.dtype)), updates)[:count]
+    return scatter(longer, index if fits is None else mx.where(fits, index, mx.array(count, index.dtype)), updates)[:count]
+
+
+def _is_in_words(rows: mx.array) -> bool:
+    """Whether elements are parts of the 4-byte words that Metal writes. MLX writes into a slice that nobody else reads (0.32), which may begin
+    inside of one; a new array does not."""
+    return device_kind() == "metal" and rows.itemsize < 4
 
 
 def _dropping(scatter: Scatter, neutral: float) -> Put:
     """Dropped updates of a large operand become the neutral element."""
 
     def put(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
+        if _is_in_words(rows) or (fits is not None and not _is_large(rows, updates)):
+            return _spare(scatter, rows, index, updates, fits)
         if fits is None:
             return scatter(rows, index, updates)
-        if not _is_large(rows, updates):
-            return _spare(scatter, rows, index, updates, fits)
-        return scatter(rows, index, mx.where(fits[:, None], updates, mx.array(neutral, updates.dtype)))
+        return scatter(rows, index, mx.where(fits[:, None], updates, mx.array([neutral], updates.dtype)))  # not 0-d, see dtypes.literal
 
     return put
 
@@ -95,9 +101,9 @@ def _dropping(scatter: Scatter, neutral: float) -> Put:
 
 def _set(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
     """The last of several updates wins on CPU, as with XLA; on a GPU any may, as with XLA."""
-    if fits is None:
+    if fits is None and not _is_in_words(rows):
         return _set_all(rows, index, updates)
-    if _is_large(rows, updates):
+    if fits is not None and not _is_in_words(rows) and _is_large(rows, updates):
         return _set_all(rows, *_resent(rows, index, updates, fits))
     return _spare(_set_all, rows, index, updates, fits)
 
@@ -182,7 +188,9 @@ def _extreme(kind: str) -> Put:
         return at.minimum(updates) if kind == "stablehlo.minimum" else at.maximum(updates)
 
     def put(rows: mx.array, index: mx.array, updates: mx.array, fits: mx.array | None) -> mx.array:
-        return scatter(rows, index, updates) if fits is None else _spare(scatter, rows, index, updates, fits)
+        if fits is None and not _is_in_words(rows):
+            return scatter(rows, index, updates)
+        return _spare(scatter, rows, index, updates, fits)
 
     return put
 

@@ -37,7 +37,7 @@ def _sorted(x: mx.array, key: Key, axis: int, *, canonical: bool) -> mx.array:
     """Values alone: sort their integers and read them back, 3 times faster than MLX's sort of floats. Among equals, -0 comes first."""
     dtype = key.value.dtype
     if device_kind() == "cuda" and key.value.type.is_floating and canonical and not key.descending:
-        return mx.sort(x, axis=axis)  # there it puts NaN last, and is stable
+        return along(mx.sort, x, axis)  # there it puts NaN last, and is stable
     if dtype == "bool":
         order = x.astype(mx.uint8)
     elif key.value.type.is_floating:
@@ -45,8 +45,16 @@ def _sorted(x: mx.array, key: Key, axis: int, *, canonical: bool) -> mx.array:
     else:
         order = x
     flip = mx.array(-1, mx.int64).astype(order.dtype)
-    order = mx.sort(order ^ flip, axis=axis) ^ flip if key.descending else mx.sort(order, axis=axis)
+    order = along(mx.sort, order ^ flip, axis) ^ flip if key.descending else along(mx.sort, order, axis)
     return from_total_order(order, dtype) if key.value.type.is_floating else order.astype(x.dtype)
+
+
+def along(function: Callable[..., mx.array], x: mx.array, axis: int) -> mx.array:
+    """`mx.sort` or a kin of it. Of three dimensions and more, MLX mixes up rows on a GPU where these do not lie in their order (mlx#4366)."""
+    if device_kind() == "cpu" or x.ndim < 3:
+        return function(x, axis=axis)
+    x = mx.moveaxis(x, axis, -1)
+    return mx.moveaxis(mx.reshape(function(mx.reshape(x, (-1, x.shape[-1])), axis=-1), x.shape), -1, axis)
 
 
 def counts_along(value: Value, axis: int) -> bool:
@@ -61,9 +69,9 @@ def _order(comparator: LoweredRegion, keys: list[Key], axis: int) -> Callable[[S
 
     def order(inputs: Sequence[mx.array]) -> mx.array:
         words = _packed(read(inputs), [BITS[k.value.dtype] for k in keys])
-        index = mx.argsort(words[-1], axis=axis)
+        index = along(mx.argsort, words[-1], axis)
         for word in words[-2::-1]:
-            index = mx.take_along_axis(index, mx.argsort(mx.take_along_axis(word, index, axis=axis), axis=axis), axis=axis)
+            index = mx.take_along_axis(index, along(mx.argsort, mx.take_along_axis(word, index, axis=axis), axis), axis=axis)
         return index
 
     return order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from jax_mps.ops.comparator import Key, ascending
 from jax_mps.ops.dtypes import BITS, MX
 from jax_mps.ops.registry import Run, lowers
 from jax_mps.ops.shapes import empty
-from jax_mps.ops.sort import counts_along
+from jax_mps.ops.sort import along, counts_along
 from jax_mps.plan.types import Step, TensorType
 
 
@@ -44,7 +45,7 @@ def _selection(key: Key, operand: TensorType, axis: int, k: int, index_dtype: st
 
 
 def _first_of_all(order: mx.array, k: int) -> mx.array:
-    return mx.argsort(order, axis=-1)[..., :k]
+    return along(mx.argsort, order, -1)[..., :k]
 
 
 def _positions(order: mx.array, k: int) -> mx.array:
@@ -76,7 +77,9 @@ def _block(size: int, k: int) -> int:
 def _smallest(order: mx.array, place: mx.array, k: int) -> mx.array:
     """The `place` of the k smallest: key and place in one integer, no two equal, so that a partition breaks ties as the spec wants."""
     packed = (order.astype(mx.int64) << mx.array(32, mx.int64)) | place
-    best = mx.sort(mx.partition(packed, k, axis=-1)[..., :k] if k < packed.shape[-1] else packed, axis=-1)
+    if k < packed.shape[-1]:
+        packed = along(functools.partial(mx.partition, kth=k), packed, -1)[..., :k]
+    best = along(mx.sort, packed, -1)
     return best & mx.array(0xFFFFFFFF, mx.int64)
 
 

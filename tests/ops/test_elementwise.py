@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mlx.core as mx
 import numpy as np
 import pytest
 from jax import lax
@@ -12,7 +13,7 @@ from jax import lax
 from jax_mps.errors import Unsupported
 from jax_mps.ops import elementwise
 
-from .harness import Case, check, check_exported, plan_of, run_on_mlx
+from .harness import Case, check, check_exported, lowered, plan_of, run_on_mlx, to_numpy
 
 FLOATS = ["float16", "bfloat16", "float32"]
 INTEGERS = [f"{u}int{b}" for u in ("", "u") for b in (8, 16, 32, 64)]
@@ -270,3 +271,14 @@ def test_scalars_broadcast_in_bodies():
 def test_splats_are_not_materialised():
     plan = plan_of(Case("splat", lambda: jnp.full((1000, 1000), 3.5, jnp.float32)))
     assert all(not any(s.value.strides) for s in plan.steps if s.name == "stablehlo.constant")
+
+
+def test_constants_in_fused_kernels():
+    """MLX 0.32.4 would write -0 as 0 into their source, and a complex NaN as what does not compile."""
+    x, z = np.float32([-1, -0.0, 1]), np.complex64([1, 2, 3])
+    f = lambda x, z: (jnp.where(x > 0, -0.0, x) * 2, jnp.where(x > 0, complex(np.nan, 1), z) * 2, jnp.where(x > 0, complex(-0.0, -0.0), z) * 2)  # noqa: E731
+    _, run, arguments = lowered(Case("constants", f, (x, z)))
+    fused = mx.compile(run)(*arguments)
+    for ours, theirs in zip(map(to_numpy, fused), jax.jit(f)(x, z), strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+        np.testing.assert_array_equal(np.signbit(ours.view(np.float32)), np.signbit(np.asarray(theirs).view(np.float32)))
