@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import load_all
 
 from . import metal as facts
 from . import (
@@ -48,6 +49,7 @@ WIDE = ("WIDE", "X64", "BITS")  # tables of rows that need 64 bits
 
 @pytest.fixture
 def on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_all()  # what is imported later would keep the patched name
     for name, module in list(sys.modules.items()):
         if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
             monkeypatch.setattr(module, "device_kind", lambda: "metal")
