@@ -9,6 +9,7 @@ import atexit
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,17 @@ class Device(NamedTuple):
     first: bool
 
 
+# How many Mi elements the kernels of one CUDA graph read, at most (MLX's own: 1000). MLX builds a graph anew, and waits for its end, where one of its
+# products or convolutions runs in clusters of blocks; what is in a graph without one is only updated. Small graphs free what they read sooner, too.
+_GRAPH_MILLIONS = "30"
+
+
+def has_clusters(architecture: str) -> bool:
+    """Whether an NVIDIA GPU ("sm_90a") runs blocks in clusters: from Hopper on."""
+    found = re.search(r"\d+", architecture)
+    return found is not None and int(found[0]) >= 90
+
+
 @functools.cache
 def device() -> Device:
     """The process's device, made at first use."""
@@ -55,6 +67,8 @@ def device() -> Device:
     os.environ.setdefault("MLX_ENABLE_TF32", "1" if kind == "cuda" else "0")
     if kind == "cuda":
         os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
+        if has_clusters(architecture):
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", _GRAPH_MILLIONS)
     if kind != "metal":
         allocator.keep_blocks(one_heap=kind == "cpu")
     stream = mx.new_thread_unsafe_stream(mlx)

@@ -113,3 +113,10 @@ def test_programs_of_a_newer_mlx(tmp_path: Path) -> None:
         assert broken.report["value"] == pytest.approx(want, rel=1e-6)
         assert broken.stats["translations"] > 0
         assert broken.output.count("misreads its own files") == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "clusters"), [("sm_90", True), ("sm_90a", True), ("sm_120", True), ("sm_80", False), ("unknown", False), ("applegpu_g13s", False)]
+)
+def test_which_gpus_run_blocks_in_clusters(architecture, clusters) -> None:
+    assert runtime.has_clusters(architecture) is clusters

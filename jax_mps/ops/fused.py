@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from jax_mps.ops import decoding
+from jax_mps.ops import columns, decoding
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.elementwise import exp
 from jax_mps.ops.reduce import sum_of
@@ -180,6 +180,26 @@ def channel_norm_gradient(op: Step) -> Run:
         free, c = u - total * (1 / size), x - mean
         y = free * scale - c * (slope * r) if op.weighted else (free - c * slope) * scale
         return sum(wide[count : count + op.added], start=y).astype(dtype)
+
+    return run
+
+
+@lowers("jax_mps.column_sums")
+def column_sums(op: Step) -> Run:
+    """Operands: one or two arrays, the row that the last is less by where there is one, and the rows that the product is times or over. On CUDA alone."""
+    results = [(v.shape, MX[v.dtype]) for v in op.results]
+    width = math.prod(op.operand.shape[op.lead :])
+    count = len(op.operands) - len(op.factors)
+
+    def run(*operands: mx.array) -> list[mx.array]:
+        arrays = [mx.reshape(v, (-1, width)) for v in operands[:count]]
+        if "c" in op.kind:
+            arrays[-1] = mx.reshape(arrays[-1], (width,)).astype(mx.float32)
+        *plain, total = columns.sums(op.kind, *arrays)
+        for name, row in zip(op.factors, operands[count:], strict=True):
+            row = mx.reshape(row, (width,)).astype(mx.float32)
+            total = total * row if name == "multiply" else total / row
+        return [mx.reshape(v, shape).astype(dtype) for v, (shape, dtype) in zip((*plain, total), results, strict=True)]
 
     return run
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from jax_mps.errors import Unsupported
+from jax_mps.ops import columns
 from jax_mps.ops.bodies import argument_of, constant_of, folds, identity, is_identity
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.registry import LoweredRegion, Run, defining_step, lowers
@@ -67,29 +68,15 @@ def _boolean(name: str) -> str:
 
 
 def sum_of(x: mx.array, axes: Sequence[int]) -> mx.array:
+    if (found := columns.of_rows(x, axes)) is not None:
+        return mx.reshape(columns.sums("x", mx.reshape(x, found))[0], x.shape[len(axes) :])
     if x.dtype in (mx.float16, mx.bfloat16):
         x = x.astype(mx.float32)
-    if device_kind() == "cuda" and (parts := _parts(x.shape, axes)) > 1:
-        rows = math.prod(x.shape[: len(axes)])
-        return mx.sum(mx.sum(mx.reshape(x, (parts, rows // parts, *x.shape[len(axes) :])), axis=1, keepdims=True), axis=(0, 1))
     if device_kind() != "cpu" or x.dtype not in (mx.float32, mx.complex64) or math.prod(x.shape[d] for d in axes) <= _RUN:
         return mx.sum(x, axis=axes)
     for axis in reversed(axes):
         x = _sum_long(x, axis)
     return x
-
-
-def _parts(shape: Sequence[int], axes: Sequence[int]) -> int:
-    """In how many parts to sum rows (whole leading dimensions) on CUDA, where one block of threads adds up 32 columns: 4,096 rows of 768 elements, a bias's
-    gradient, take 24 of the 132 processors. MLX (0.32) itself makes parts of more than 32 rows for each column."""
-    rows, columns = math.prod(shape[: len(axes)]), math.prod(shape[len(axes) :])
-    if tuple(axes) != tuple(range(len(axes))) or columns >= _MANY_COLUMNS or not _FEW_ROWS <= rows <= 32 * columns + columns - 1:
-        return 1
-    parts = math.gcd(rows, 32)
-    return parts if parts >= 8 else 1
-
-
-_MANY_COLUMNS, _FEW_ROWS = 1 << 13, 1 << 9
 
 
 def _sum_long(x: mx.array, axis: int) -> mx.array:

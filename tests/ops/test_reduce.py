@@ -8,7 +8,6 @@ import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import reduce as reduce_ops
 
 from .harness import Case, check, check_exported, run_on_mlx
 
@@ -291,21 +290,3 @@ def test_body_with_a_nested_reduction():
       return %0 : tensor<f32> }"""
     with pytest.raises(Unsupported, match="not elementwise"):
         run_on_mlx(Case("nested", text, (normal(4), np.float32(0))))
-
-
-@pytest.mark.parametrize(("shape", "axes", "parts"), [
-    ((8, 512, 768), (0, 1), 32), ((4096, 48), (0,), 1), ((2056, 96), (0,), 8), ((2051, 96), (0,), 1), ((64, 768), (0,), 1),
-    ((4096, 1 << 13), (0,), 1), ((768, 4096), (1,), 1), ((4, 1024, 64), (1,), 1), ((32, 33, 96), (0, 1), 32), ((4096,), (0,), 1),
-])  # fmt: skip
-def test_columns_are_summed_in_parts_on_cuda(shape, axes, parts, monkeypatch):
-    """Where MLX has few blocks for many rows."""
-    assert reduce_ops._parts(shape, axes) == parts
-    if np.prod(shape) > 1 << 22:
-        return
-    x = normal(*shape)
-    want = x.astype(np.float64).sum(axes)
-    monkeypatch.setattr(reduce_ops, "device_kind", lambda: "cuda")
-    (got,) = run_on_mlx(Case("columns", fold(lax.add, 0, axes), (x,)))
-    assert got.shape == want.shape
-    if parts > 1:  # the others are one naive sum, which only a CPU makes
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.sqrt(x.size / want.size) * 8)
