@@ -45,12 +45,14 @@ def test_signs(dtype: str, size: int) -> None:
         assert not wrong.any(), f"{name} at {np.array(POINTS)[wrong]}: {got[wrong]}, XLA has {want[wrong]}"
 
 
+@pytest.mark.parametrize("most", [500, 1 << 20])
 @pytest.mark.parametrize("largest", [10, 1e3, 1e6, 1e30])
 @pytest.mark.parametrize("name", ["sin", "cos"])
-def test_near_the_zeros(name: str, largest: float) -> None:
+def test_near_the_zeros(name: str, largest: float, most: int) -> None:
     """Sine and cosine to 2 ulp however near a zero: 0.6 on CPU, where they go through float64 or complex functions."""
     zeros = np.arange(1, min(2 * largest / np.pi, 200_000)) * (np.pi / 2)
     x = np.concatenate([np.random.default_rng(0).uniform(-largest, largest, 5000), zeros, -zeros]).astype(np.float32)
+    x = x[:: -(-x.size // most)]
     want = getattr(np, name)(x.astype(np.float64))
     (got,) = run_on_mlx(Case(name, getattr(lax, name), (x,)))
     ulps = np.abs(got - want) / np.spacing(np.abs(want.astype(np.float32))).astype(np.float64)
