@@ -28,6 +28,7 @@ int shim_evaluates_at_once(void);
 int shim_evaluation_must_end(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
+uintptr_t shim_look_call(void); /* XLA's custom call `jax_mps_look` (calls.c) */
 int64_t shim_profile_now(void); /* 0 while nobody traces */
 void shim_profile_event(const char* name, int64_t start); /* a host segment that ended now */
 void shim_watch_interrupts(int on);

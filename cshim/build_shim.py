@@ -13,8 +13,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    "api", "bridge", "buffers", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "layouts", "process",
-    "profiler", "threads",
+    "api", "bridge", "buffers", "calls", "cells", "client", "errors", "evaluation", "events", "executables", "execute", "imports", "layouts",
+    "process", "profiler", "threads",
 )  # fmt: skip
 
 # cffi's setuptools hook runs this file as "__cffi__", at the project's root, and setuptools wants
@@ -39,6 +39,7 @@ int shim_evaluates_at_once(void);
 int shim_evaluation_must_end(void);
 int shim_drain(int milliseconds);
 unsigned long shim_interrupts(void);
+uintptr_t shim_look_call(void);
 int64_t shim_profile_now(void);
 void shim_profile_event(const char* name, int64_t start);
 void shim_watch_interrupts(int on);

@@ -7,6 +7,7 @@ and the user's `jax.ffi` targets for cpu work here too.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import threading
@@ -17,14 +18,19 @@ from typing import Any
 import numpy as np
 
 from jax_mps import compat
-from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, InvalidOption, JaxMpsError
+from jax_mps._shim import lib
+from jax_mps.errors import INTERNAL, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, Interrupted, InvalidOption, JaxMpsError
 from jax_mps.host import kept
 from jax_mps.plan.text import module_text
 from jax_mps.plan.types import Step, TensorType, Value, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
+# A custom call of ours (cshim/calls.c) that fails when there are more interrupts than it is given, which is one more input of a region then.
+LOOK, INTERRUPTS = "jax_mps_look", TensorType((), "int64")
+
 _CODES = {
+    "CANCELLED": Interrupted.code,
     "INVALID_ARGUMENT": INVALID_ARGUMENT,
     "NOT_FOUND": NOT_FOUND,
     "RESOURCE_EXHAUSTED": RESOURCE_EXHAUSTED,
@@ -94,6 +100,24 @@ class HostFunction:
         return [_TOKEN if t.dtype == "token" else next(data) for t in self.output_types]
 
 
+def interruptible(function: HostFunction, arrays: Sequence[Array]) -> list[Array]:
+    """Run a function whose last input says how many interrupts there were.
+
+    Raises:
+        HostError: as ever.
+        Interrupted: one of its loops saw that there are more, or that the process is ending.
+    """
+    lib.shim_watch_interrupts(1)
+    try:
+        return function([*arrays, np.asarray(lib.shim_interrupts(), INTERRUPTS.dtype)])
+    except HostError as error:
+        if error.code == Interrupted.code:
+            raise Interrupted("a loop was interrupted") from error
+        raise
+    finally:
+        lib.shim_watch_interrupts(0)
+
+
 _TOKEN = np.zeros((), bool)
 _executables: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -134,6 +158,8 @@ class _Executable:
     def __init__(self, artifact: bytes, inputs: Sequence[TensorType]) -> None:
         if b"lapack_" in artifact:
             compat.initialize_lapack()
+        if LOOK.encode() in artifact:
+            _register_look()
         self._dtypes = [numpy_dtype(t.dtype) for t in inputs]
         self._avals = [compat.shaped_array(t.shape, d) for t, d in zip(inputs, self._dtypes, strict=True)]
         try:
@@ -152,6 +178,15 @@ class _Executable:
         except Exception as error:
             raise HostError("running", error) from error
         return outputs
+
+
+@functools.cache
+def _register_look() -> None:
+    """Tell XLA where our custom call is."""
+    import jax.ffi  # with the first loop that needs it
+
+    function = ctypes.c_void_p(lib.shim_look_call())
+    jax.ffi.register_ffi_target(LOOK, jax.ffi.pycapsule(function), platform="cpu")  # type: ignore[no-untyped-call]
 
 
 def to_numpy(result: Any) -> Array:

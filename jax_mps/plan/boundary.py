@@ -122,10 +122,8 @@ class Judge:
         return self.driving(loop) > _LONG and self.is_tiny(loop, self.moving(loop))
 
     def patience(self, loop: Step) -> int | None:
-        """Iterations after which the host had better run the rest of a loop; None for never."""
-        if self.trips(loop) is not None:
-            return 0 if self.is_far_faster(loop) else None
-        if self.moving(loop) > _FAR_FASTER * _LONG or not self.is_tiny(loop):
+        """Iterations after which the host had better run the rest of a loop; None for never, and where their number is known."""
+        if self.trips(loop) is not None or self.moving(loop) > _FAR_FASTER * _LONG or not self.is_tiny(loop):
             return None
         return math.ceil(_LONG * _TRIPS / self.driving(loop))
 

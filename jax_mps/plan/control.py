@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from jax_mps._shim import lib
 from jax_mps.errors import Interrupted
 from jax_mps.ops.dtypes import MX
 from jax_mps.plan.record import Record
-from jax_mps.plan.segments import Block, Device, Files, Host, Manifest, Segment, to_device, to_host, type_from_json, type_to_json
+from jax_mps.plan.segments import Block, Device, Files, Host, Manifest, Segment, to_device, type_from_json, type_to_json
 from jax_mps.plan.tensors import TensorType
 from jax_mps.plan.trips import SMALL_ROW, Condition, Counter, Row
 
@@ -57,14 +56,9 @@ _EVALUATE_OPS = 640
 _EVALUATE_KERNELS, _UNDER_WAY = 96, 8
 
 
-# Iterations of the first call of a loop's rest; and how long a call should take at least, which is how late Ctrl-C may be noticed.
-_SLICE, _SLICE_SECONDS = 1 << 10, 0.05
-_MOST_ITERATIONS = 1 << 30
-
-
 class Rest(Record):
-    """What runs the rest of a loop after so many iterations on the device: a function on the host, from the whole carry, the captures and a
-    limit to the carry after at most so many iterations more, and their number. What ends before never gets there, and nothing is compiled for it.
+    """What runs the rest of a loop after so many iterations on the device: a function on the host, from the whole carry and the captures to the
+    last carry. What ends before never gets there, and nothing is compiled for it.
     """
 
     host: Host
@@ -75,16 +69,7 @@ class Rest(Record):
         from jax_mps.plan.show import announce
 
         announce(self.host.reasons)
-        carried, seen, limit = len(self.host.outputs) - 1, lib.shim_interrupts(), _SLICE
-        carry, captures = values[:carried], to_host(values[carried:])
-        while True:
-            start = time.monotonic()
-            *carry, trips = self.host.run([*carry, *captures, np.asarray(limit, np.int32)])
-            if trips < limit:
-                return carry
-            settle([], seen)
-            if time.monotonic() - start < _SLICE_SECONDS:
-                limit = min(4 * limit, _MOST_ITERATIONS)
+        return self.host.run(values)
 
     def to_manifest(self) -> Manifest:
         return {"host": self.host.to_manifest(), "patience": self.patience}

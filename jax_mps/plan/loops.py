@@ -312,36 +312,6 @@ def foretold_length(body: Region) -> int:
     return min(FORETOLD_LENGTH, FORETOLD_STEPS // max(1, size(body)))
 
 
-def sliced(loop: Step) -> tuple[tuple[Step, ...], Value]:
-    """Steps that run a loop for so many iterations at most, and the value that says how many (int32). The last step's operands are the carry and
-    0; its results, the carry and how many iterations there were.
-    """
-    cond, body = loop.regions
-    truth, count = TensorType((), "bool"), TensorType((), "int32")
-    zero, one = (constant_step(np.asarray(n, np.int32), count.dtype) for n in (0, 1))
-    limit = Value(count)
-
-    def carried() -> tuple[Value, ...]:
-        return (*(Value(v.type) for v in loop.operands), Value(count))
-
-    arguments, steps = carried(), list[Step]()
-    (goes_on,) = inline(cond, arguments[:-1], steps)
-    early = Step("stablehlo.compare", (arguments[-1], limit), (Value(truth),), _LESS, text=_LESS_TEXT)
-    both = Step("stablehlo.and", (goes_on, early.results[0]), (Value(truth),), text=())
-    tested = Region(arguments, (*steps, early, both), both.results)
-
-    arguments, steps = carried(), []
-    results = inline(body, arguments[:-1], steps)
-    counted = Step("stablehlo.add", (arguments[-1], one.results[0]), (Value(count),), text=())
-    run = Region(arguments, (*steps, counted), (*results, *counted.results))
-
-    operands = (*carried()[:-1], zero.results[0])
-    return (zero, one, replace(loop, operands=operands, results=carried(), regions=(tested, run))), limit
-
-
-_LESS = {"comparison_direction": "LT", "compare_type": "SIGNED"}
-_LESS_TEXT = (("comparison_direction", "#stablehlo<comparison_direction LT>"), ("compare_type", "#stablehlo<comparison_type SIGNED>"))
-
 # What an element costs, where that is more than to write it; and the ops that do not read all of their operand.
 _WEIGHTS = {"stablehlo.sort": 16, "chlo.top_k": 16, "stablehlo.scatter": 8, "stablehlo.fft": 4}
 _SELECTIVE = frozenset(["stablehlo.slice", "stablehlo.dynamic_slice", "stablehlo.gather"])

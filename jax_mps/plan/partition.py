@@ -26,8 +26,6 @@ MAX_DEPTH = 4000
 SELECT_BUDGET = 8
 
 _CONTROL = frozenset(["stablehlo.while", "stablehlo.case", "stablehlo.if"])
-# A loop that the host may run as it is, without a look whether somebody wants to end it: microseconds, by an estimate.
-MAX_UNINTERRUPTED = 100_000
 _FASTER = "so many tiny steps take XLA a tenth of the time"
 
 
@@ -271,22 +269,20 @@ class _Cutter:
 
     def lent(self, step: Step) -> bool:
         """Whether a loop that the device could run goes to the host as it is, for its speed."""
-        work = self.judge.bound([step]) if self.lendable(step) and self.judge.is_far_faster(step) else None
-        return work is not None and work <= MAX_UNINTERRUPTED
+        return self.lendable(step) and self.trips(step) is not None and self.judge.is_far_faster(step)
 
     def lendable(self, step: Step) -> bool:
         return self.target.lend_loops and step.name == "stablehlo.while" and self.judge.movable(step)
 
     def lend_rest(self, draft: Draft, step: Step, captures: tuple[Value, ...]) -> None:
-        """Have the host run what is left of a loop, if it goes on and on: from the carry as it is then, the captures, and a number of iterations."""
+        """Have the host run what is left of a loop, if it goes on and on: from the carry as it is then, and the captures."""
         patience = self.judge.patience(step) if self.lendable(step) else None
         if patience is None:
             return
-        steps, limit = loops.sliced(step)
-        copies = [self.constant_steps[v] for v in _constants_read(steps, (), self.constant_steps)]
-        carry = steps[-1].operands[:-1]
-        why = f"{step.key}: {_FASTER}" + (f", after {patience} iterations" if patience else "")
-        draft.rest = Draft("host", [*copies, *steps], reads=(*carry, *captures, limit), writes=steps[-1].results, reasons=(why,))
+        loop = replace(step, operands=tuple(Value(v.type) for v in step.operands), results=tuple(Value(v.type) for v in step.results))
+        copies = [self.constant_steps[v] for v in _constants_read([loop], (), self.constant_steps)]
+        why = f"{step.key}: {_FASTER}, after {patience} iterations"
+        draft.rest = Draft("host", [*copies, loop], reads=(*loop.operands, *captures), writes=loop.results, reasons=(why,))
         draft.patience = patience
 
     def draft(self, kind: str, group: list[Step], reasons: dict[Step, str]) -> Draft:
@@ -317,8 +313,7 @@ class _Cutter:
 
     def loop(self, step: Step) -> Draft:
         constants = {v: s.value for v, s in self.constant_steps.items()}
-        handed_over = self.lendable(step) and self.judge.patience(step) == 0
-        scan = None if handed_over else scans.find_scan(step, constants, live_steps)
+        scan = scans.find_scan(step, constants, live_steps)
         if scan is not None:
             return self.scan(step, scan)
         cond, body = step.regions

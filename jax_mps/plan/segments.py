@@ -23,6 +23,7 @@ from jax_mps.plan.record import Record
 from jax_mps.plan.tensors import TensorType, numpy_dtype
 
 if TYPE_CHECKING:
+    from jax_mps.host.xla import HostFunction
     from jax_mps.plan.trial import Shapes, Trial
 
 log = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ class Device(Segment):
 
 class Host(Segment):
     """A StableHLO region on the XLA CPU client. `reasons` say why it is not on the device; `joined` of its ops are there only since they
-    are small (`boundary`). work: microseconds that it takes, roughly; None if nothing bounds them."""
+    are small (`boundary`). work: microseconds that it takes, roughly; None if nothing bounds them. watched: its loops look for interrupts."""
 
     name: str
     inputs: tuple[TensorType, ...]
@@ -299,32 +300,34 @@ class Host(Segment):
     reasons: tuple[str, ...]
     joined: int
     work: int | None
+    watched: bool
     files: Files
-    _function: Callable[[list[Any]], list[Any]] | None = None
+    _function: HostFunction | None = None
 
     def run(self, values: list[Any]) -> Sequence[Any]:
-        from jax_mps.host.xla import HostFunction
+        from jax_mps.host.xla import INTERRUPTS, HostFunction, interruptible
 
         count("host_calls")
         if self._function is None:
-            self._function = HostFunction(self.files.artifact(self.name), self.inputs, self.outputs)
+            inputs = (*self.inputs, INTERRUPTS) if self.watched else self.inputs
+            self._function = HostFunction(self.files.artifact(self.name), inputs, self.outputs)
         arrays = to_host(values)
         started = lib.shim_profile_now()
-        results = self._function(arrays)
+        results = interruptible(self._function, arrays) if self.watched else self._function(arrays)
         if started:
             lib.shim_profile_event("; ".join(self.reasons).encode(), started)
         return results
 
     def to_manifest(self) -> Manifest:
         inputs, outputs = [type_to_json(t) for t in self.inputs], [type_to_json(t) for t in self.outputs]
-        fields = {"name": self.name, "reasons": list(self.reasons), "joined": self.joined, "work": self.work}
+        fields = {"name": self.name, "reasons": list(self.reasons), "joined": self.joined, "work": self.work, "watched": self.watched}
         return {"kind": "host", **fields, "inputs": inputs, "outputs": outputs}
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, files: Files) -> Host:
         inputs, outputs = (tuple(type_from_json(t) for t in manifest[n]) for n in ("inputs", "outputs"))
         joined, work = int(manifest["joined"]), manifest["work"] and int(manifest["work"])
-        return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), joined, work, files)
+        return cls(str(manifest["name"]), inputs, outputs, tuple(manifest["reasons"]), joined, work, bool(manifest["watched"]), files)
 
 
 class Callback(Segment):

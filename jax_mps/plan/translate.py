@@ -18,6 +18,7 @@ from jax_mps.ops import load_all
 from jax_mps.ops.registry import Lowerer, has_lowering, is_elementwise
 from jax_mps.plan import build, control, export, hoisting, loops, segments
 from jax_mps.plan.boundary import COSTS
+from jax_mps.plan.interrupts import watched
 from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
 from jax_mps.plan.program import ExportedFiles, Program
 from jax_mps.plan.types import Step, TensorType, Value, has_effects
@@ -137,9 +138,10 @@ class _Assembler:
     def host(self, draft: Draft) -> segments.Host:
         count("host_segments")
         name = self.name("mlir")
-        self.files.artifacts[name] = host_function(draft.reads, draft.steps, draft.writes).artifact
+        steps, seen = watched(draft.steps)
+        self.files.artifacts[name] = host_function((*draft.reads, *([seen] if seen else [])), steps, draft.writes).artifact
         inputs, outputs = (tuple(v.type for v in values) for values in (draft.reads, draft.writes))
-        return segments.Host(name, inputs, outputs, tuple(dict.fromkeys(draft.reasons)), draft.joined, draft.work, self.files)
+        return segments.Host(name, inputs, outputs, tuple(dict.fromkeys(draft.reasons)), draft.joined, draft.work, seen is not None, self.files)
 
     def callback(self, draft: Draft) -> segments.Callback:
         (step,) = draft.steps

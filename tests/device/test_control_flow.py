@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from jax_mps.pjrt.client import Client
-from jax_mps.plan import control, partition
+from jax_mps.plan import control, interrupts, partition
 from jax_mps.plan.boundary import Judge
 
 X = np.arange(6, dtype=np.float32)
@@ -114,7 +114,7 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 PLACES: dict[str, dict[str, Callable[..., Any]]] = {
     "device": {"lendable": lambda self, step: False},
     "host": {"is_far_faster": lambda self, loop: True},
-    "host, in slices": {"is_far_faster": lambda self, loop: False, "patience": lambda self, loop: 0},
+    "host, at once": {"is_far_faster": lambda self, loop: False, "patience": lambda self, loop: 0},
     "host, later": {"is_far_faster": lambda self, loop: False, "patience": lambda self, loop: 3},
 }
 
@@ -124,7 +124,8 @@ PLACES: dict[str, dict[str, Callable[..., Any]]] = {
 def test_control_flow(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = Client.environment
     monkeypatch.setattr(Client, "environment", lambda self, chosen: (*environment(self, chosen), ("place", place)))
-    monkeypatch.setattr(control, "_SLICE", 7)
+    monkeypatch.setattr(interrupts, "SHORT", -1)  # every loop there looks, in each iteration or every few
+    monkeypatch.setattr(interrupts, "MOST", 1 if place == "host" else 7)
     for method, answer in PLACES[place].items():
         monkeypatch.setattr(Judge if hasattr(Judge, method) else partition._Cutter, method, answer)
     f, args = ROWS[name]
