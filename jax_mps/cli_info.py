@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import platform
 from collections.abc import Callable
@@ -88,9 +87,14 @@ def cache() -> dict[str, Any]:
 
 
 def degraded() -> dict[str, Any]:
-    """Features that this JAX or this machine costs: name -> why."""
-    found = vars(importlib.import_module("jax_mps.compat")).get("degraded")
-    return {"unknown": "this version does not say"} if found is None else dict(found())
+    """What mps goes without in this JAX: feature -> why. JAX makes its backends for it."""
+    import jax
+
+    from jax_mps import compat
+
+    jax.devices(compat.PLATFORM)
+    compat.cpu_call_targets()
+    return {name: state.removeprefix("off: ") for name, state in compat.features().items() if state != "on"}
 
 
 def rows(data: dict[str, Any], works: bool) -> list[tuple[str, ...]]:

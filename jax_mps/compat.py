@@ -58,11 +58,19 @@ def initialize_lapack() -> None:
 
 
 def cpu_call_targets() -> frozenset[str]:
-    """Custom-call targets registered with XLA's CPU compiler now, those of `jax.ffi` included."""
-    client = xla_client()
-    client.register_custom_call_handler("cpu", client._xla.register_custom_call_target)  # jaxlib keeps them back until its own CPU client is made
-    found = client._xla.custom_call_targets("Host")
-    return frozenset(name.decode() if isinstance(name, bytes) else name for name in found)
+    """Custom-call targets registered with XLA's CPU compiler now, those of `jax.ffi` included; none if jaxlib does not say."""
+    try:
+        client = xla_client()
+        client.register_custom_call_handler("cpu", client._xla.register_custom_call_target)  # jaxlib keeps them back until its own CPU client is made
+        found = client._xla.custom_call_targets("Host")
+        return frozenset(name.decode() if isinstance(name, bytes) else name for name in found)
+    except Exception as error:  # as in `_install`
+        if _CALLS not in _states:
+            _turn_off(_CALLS, error)
+        return frozenset()
+
+
+_CALLS = "custom calls of cpu"
 
 
 def put_on_mps(value: Any) -> Any:

@@ -6,7 +6,7 @@ import threading
 
 _NAMES = (
     "translations", "exports", "imports", "memory_hits", "disk_hits", "disk_misses", "alias_hits", "host_segments", "host_calls",
-    "compiles", "cache_errors",
+    "compiles", "compiles_refused", "exports_apart", "cache_errors",
 )  # fmt: skip
 _counts = dict.fromkeys(_NAMES, 0)
 _lock = threading.Lock()
@@ -23,7 +23,9 @@ def stats() -> dict[str, int]:
 
     translations: programs translated from StableHLO. exports: device segments exported. imports: function files imported.
     memory_hits, disk_hits, disk_misses: where compiled programs came from; alias_hits: disk hits by the raw bytes, without reading MLIR.
-    host_segments: host segments in programs that were compiled or loaded. host_calls: their runs. compiles: `mx.compile`d functions.
+    host_segments: host segments in programs that were compiled or loaded. host_calls: their runs. compiles: `mx.compile`d functions;
+    compiles_refused: those among them that run op by op after all, since MLX cannot fuse them or their kernels would need too many buffers.
+    exports_apart: segments exported a second time with no array shared between steps, which MLX had lost (a few more copies of small ones).
     cache_errors: entries that were unusable.
     """
     with _lock:

@@ -16,7 +16,7 @@ from typing import Any
 import cached_programs as programs
 import pytest
 
-from jax_mps import cli, cli_info
+from jax_mps import cli, cli_info, compat
 from jax_mps.cache import Store, key
 
 COMMANDS = ("dir", "info", "list", "show", "explain", "verify", "prune", "clear", "export", "import", "warm")
@@ -388,6 +388,13 @@ def test_info_of_the_whole(folder: Path, said: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cli_info, "device", broken)
     code, data = said("info", "--json")
     assert (code, "libmlx" in data["device"]["error"]) == (1, True)
+
+
+def test_info_says_what_is_degraded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, with the reason; nothing is, on the versions of JAX that are supported."""
+    assert cli_info.degraded() == {}
+    monkeypatch.setattr(compat, "_states", {"donation": "on", "random bits": "off: AttributeError: no threefry2x32_p"})
+    assert cli_info.degraded() == {"random bits": "AttributeError: no threefry2x32_p"}
 
 
 def test_no_heavy_import_for_the_cache(folder: Path) -> None:

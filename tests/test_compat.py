@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,28 @@ def test_a_feature_that_fails_costs_itself(monkeypatch: pytest.MonkeyPatch, capl
     assert compat.features() == {"first": "off: AttributeError: no _platforms_with_donation", "second": "on"}
     assert found == ["second"]
     assert [r.getMessage() for r in caplog.records] == ["with this version of jax, mps goes without 'first': AttributeError: no _platforms_with_donation"]
+
+
+@pytest.mark.parametrize("name", ["register_custom_call_handler", "_xla.custom_call_targets", "_xla"])
+def test_custom_calls_of_cpu_that_jaxlib_does_not_tell(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Said once. LAPACK is known by its names; a target of the user's own is refused by its."""
+    client = compat.xla_client()
+    known = types.SimpleNamespace(**vars(client))
+    if "." in name:
+        known._xla = types.SimpleNamespace(register_custom_call_target=client._xla.register_custom_call_target)
+    else:
+        delattr(known, name)
+    monkeypatch.setattr(compat, "xla_client", lambda: known)
+    monkeypatch.setattr(compat, "_states", {})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert compat.cpu_call_targets() == frozenset()
+    missing = name.rsplit(".")[-1]
+    assert [missing in r.getMessage() for r in caplog.records] == [True]
+    assert missing in compat.features()["custom calls of cpu"]
+    np.testing.assert_allclose(np.asarray(jax.jit(lambda a: jnp.linalg.cholesky(a) + 1)(4 * np.eye(3, dtype=np.float32))), 2 * np.eye(3) + 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of_the_users_own"):
+        jax.jit(jax.ffi.ffi_call("of_the_users_own", RESULT))(X)
 
 
 def targets(f: Callable[..., Any], *args: Any) -> set[str]:

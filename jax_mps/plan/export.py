@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from jax_mps import blas, runtime
+from jax_mps.counters import count
 from jax_mps.ops.dtypes import MX, mx_array
 from jax_mps.ops.registry import LoweredStep, Lowerer
 from jax_mps.plan.fanout import in_blocks
@@ -114,6 +115,7 @@ def export(segment: Traceable, folder: Path) -> Path:
     with runtime.locked():
         with_big_stack(lambda: mx.export_function(name, segment.function, *samples), segment.size > DEEP)
         if not _is_whole(path, samples):
+            count("exports_apart")
             log.debug("%s: exported again, with no array that two steps share", name)
             apart = functools.partial(segment.function, apart=True)
             with_big_stack(lambda: mx.export_function(name, apart, *samples), segment.size > DEEP)

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from jax_mps import runtime
 from jax_mps.config import settings
+from jax_mps.counters import count
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +63,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             if most is not None:
                 limit, most = most, None
                 if widest_kernel(fused, arrays) > limit:
-                    log.debug("not compiled: a fused kernel would have more than %d inputs and outputs", limit)
-                    fused = function
+                    fused = refused(f"a fused kernel would have more than {limit} inputs and outputs")
             return fused(*arrays)
         except (ValueError, IndexError) as error:
-            log.debug("not compiled: %s", error)
-            fused = function
+            fused = refused(error)
             return function(*arrays)
+
+    def refused(why: object) -> Callable[..., Any]:
+        count("compiles_refused")
+        log.debug("not compiled: %s", why)
+        return function
 
     return call
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from jax_mps import runtime
+from jax_mps.counters import stats
 from jax_mps.plan import fusion
 
 
@@ -42,10 +43,12 @@ def test_kernels_are_counted() -> None:
 @pytest.mark.parametrize(("most", "fused"), [(27, True), (8, False)])
 def test_what_no_kernel_holds_is_not_fused(monkeypatch: pytest.MonkeyPatch, most: int, fused: bool) -> None:
     monkeypatch.setitem(fusion._MOST_BUFFERS, runtime.device_kind(), most)
+    before = stats()["compiles_refused"]
     with runtime.locked():
         function = fusion.compiled(chain)
         for _ in range(2):
             assert is_fused(function(*ARRAYS)) == fused
+    assert stats()["compiles_refused"] == before + (not fused)
 
 
 PROGRAM = """
@@ -73,6 +76,7 @@ for _ in range(2):
 want = jax.jit(run, backend="cpu")(xs)
 np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4)  # 300 sines of rounding
 assert any("more than 6 inputs and outputs" in text for text in said), said
+assert jax_mps.stats()["compiles_refused"]
 """
 
 
