@@ -28,6 +28,8 @@ _FEWEST_RUNS = 20
 # Inputs and outputs of one fused kernel. Metal binds 31 buffers, of which MLX takes four for strides, shape and rank; it bounds only the
 # inputs of what it fuses, and a kernel with more fails when it is evaluated (MLX 0.32).
 _MOST_BUFFERS = {"metal": 27}
+# Inputs of at most so many bytes may stay where they are while the kernels are made: the memory of those that are donated is then not the results'.
+_HELD = 1 << 28
 
 
 def first_look(ops: int, cost: int) -> int:
@@ -53,19 +55,26 @@ def is_tried_first() -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its elementwise ops fused; itself where MLX cannot (a result that is a constant, for one), or must not."""
+    """The function with its elementwise ops fused; itself where MLX cannot (a result that is a constant, for one), or must not.
+
+    Kernels are made when the first results are evaluated: here, so that one that cannot be made is no error of the program's.
+    """
     fused = mx.compile(function)
-    most = _MOST_BUFFERS.get(runtime.device_kind())
+    most, made = _MOST_BUFFERS.get(runtime.device_kind()), False
 
     def call(*arrays: mx.array) -> Any:
-        nonlocal fused, most
+        nonlocal fused, made
         try:
-            if most is not None:
-                limit, most = most, None
-                if widest_kernel(fused, arrays) > limit:
-                    fused = refused(f"a fused kernel would have more than {limit} inputs and outputs")
-            return fused(*arrays)
-        except (ValueError, IndexError) as error:
+            if made:
+                return fused(*arrays)
+            made = True
+            if most is not None and widest_kernel(fused, arrays) > most:
+                fused = refused(f"a fused kernel would have more than {most} inputs and outputs")
+            results = fused(*arrays)
+            if sum(a.nbytes for a in arrays) <= _HELD:
+                mx.eval(results)
+            return results
+        except (ValueError, IndexError, RuntimeError) as error:
             fused = refused(error)
             return function(*arrays)
 
