@@ -121,7 +121,7 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     if not x.dtype == w.dtype == dtype:
         x, w = x.astype(mx.float32), w.astype(mx.float32)
     padding, dilation = conv.padding, conv.lhs_dilation
-    if any(side < 0 for sides in padding for side in sides):  # with a dilated input MLX cuts before it dilates
+    if any(side < 0 for sides in padding for side in sides) or _is_read_past(conv):  # with a dilated input MLX cuts before it dilates
         x, padding, dilation = _padded(_dilated(x, conv), conv), ((0, 0),) * conv.rank, (1,) * conv.rank
     flip = (max(dilation) > 1 and device_kind() == "cuda") or _is_rough(x, w, dataclasses.replace(conv, lhs_dilation=dilation))
     if flip:
@@ -140,6 +140,13 @@ def _by_mlx(x: mx.array, w: mx.array, conv: _Conv) -> mx.array:
     )
     out = split(multiply, x, w) if conv.precise and device_kind() == "cuda" and x.dtype == mx.float32 else multiply(x, w)
     return mx.transpose(out.astype(dtype), _inverse(_features_last(conv.outputs)))
+
+
+def _is_read_past(conv: _Conv) -> bool:
+    """Whether Metal may read behind the input: three of its kernels (Winograd's, of one feature in each group, of few planes) take the padding to be
+    no longer at the end than at the beginning (MLX 0.32)."""
+    longer = any(high > low and stride == 1 for (low, high), stride in zip(conv.padding, conv.strides, strict=True))
+    return device_kind() == "metal" and longer and max(conv.lhs_dilation) == 1
 
 
 def _is_rough(x: mx.array, w: mx.array, conv: _Conv) -> bool:

@@ -133,6 +133,11 @@ def _winograd(p: Primitive) -> bool:
     return plain and w.shape[1:3] == (3, 3) and len(w.shape) == 4 and x.shape[-1] % 32 == 0 == w.shape[0] % 32
 
 
+def _longer_at_the_end(p: Primitive) -> bool:
+    strides, low, high, _, input_dilation = p.arguments[:5]
+    return max(input_dilation) == 1 and any(h > l and s == 1 for s, l, h in zip(strides, low, high, strict=True))
+
+
 VIEWS = frozenset(["Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Transpose", "Slice", "Split", "View", "Broadcast", "Depends"])
 
 
@@ -179,6 +184,11 @@ RULES: list[Rule] = [
     Rule(
         "Convolution", lambda p: p.inputs[0].dtype != "float32" and _winograd(p), "Winograd's algorithm in half types has 40 times the error (mlx#4242)",
         "conv.cpp:1322", lambda: mx.conv2d(mx.zeros((1, 8, 8, 32), mx.bfloat16), mx.zeros((32, 3, 3, 32), mx.bfloat16)),
+    ),
+    Rule(
+        "Convolution", _longer_at_the_end, "the padding at the end is not looked at, what lies behind the input is read",
+        "conv.cpp:53 and 940, kernels/conv.metal, depthwise_conv_1d",
+        lambda: mx.conv_general(mx.zeros((2, 8, 4)), mx.zeros((4, 3, 1)), padding=([0], [2]), groups=4),
     ),
     Rule(
         "View", lambda p: p.outputs[0].itemsize > p.inputs[0].itemsize and _may_begin_anywhere(p.made_by[0]),

@@ -85,6 +85,12 @@ MORE = [
         rtol=2e-3,
         atol=2e-2,  # sums of 288 products, rounded to float16
     ),
+    Case(
+        "gradient_of_causal_depthwise",
+        jax.grad(lambda x, w: lax.conv_general_dilated(x, w, (1,), [(2, 0)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=4).sum()),
+        tuple(np.random.default_rng(0).normal(size=s).astype(np.float32) for s in ((2, 8, 4), (3, 1, 4))),
+        rtol=1e-5,
+    ),
     Case("constants", lambda x: (jnp.where(x > 0, -0.0, x), jnp.where(x > 0, complex(np.nan, 1), 0), x + jnp.inf), (np.float32([-1, 0, 1]),)),
 ]
 
