@@ -47,7 +47,7 @@ class Device(NamedTuple):
 
 # How many Mi elements the kernels of one CUDA graph read, at most (MLX's own: 1000). MLX builds a graph anew, and waits for its end, where one of its
 # products or convolutions runs in clusters of blocks; what is in a graph without one is only updated. Small graphs free what they read sooner, too.
-_GRAPH_MILLIONS = "30"
+_GRAPH_MILLIONS = "15"
 
 
 def has_clusters(architecture: str) -> bool:
