@@ -12,6 +12,7 @@ from jax_mps.errors import Unsupported
 from jax_mps.ops.products import product
 from jax_mps.ops.registry import Run, lowers
 from jax_mps.ops.shapes import arranged
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import DEVICE_DTYPES, Step
 
 
@@ -35,16 +36,28 @@ def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:
     lc, rc = _by_position(op.lhs_contracting_dimensions, op.rhs_contracting_dimensions, rhs_leads=rhs.size > lhs.size)
     left = [d for d in range(lhs.rank) if d not in lb and d not in lc]
     right = [d for d in range(rhs.rank) if d not in rb and d not in rc]
-    batch, k = [lhs.shape[d] for d in lb], math.prod(lhs.shape[d] for d in lc)
-    m, n = math.prod(lhs.shape[d] for d in left), math.prod(rhs.shape[d] for d in right)
+    first, second = _matrix(lhs.shape, lb, left, lc), _matrix(rhs.shape, rb, rc, right)
     shape = op.result.shape
+    return lambda a, b, *rest: multiply(first(a), second(b), *rest).reshape(shape)
 
-    def run(a: mx.array, b: mx.array, *rest: mx.array) -> mx.array:
-        a = arranged(a, (*lb, *left, *lc), (*batch, m, k))
-        b = arranged(b, (*rb, *rc, *right), (*batch, k, n))
-        return multiply(a, b, *rest).reshape(shape)
 
-    return run
+def _matrix(shape: Sequence[int], batching: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> Callable[[mx.array], mx.array]:
+    """How an operand of that shape becomes a matrix for each batch.
+
+    On CUDA, MLX copies one whose rows are not side by side in memory (attention's, where heads stand between) in each product that reads it. So it is
+    copied before, in an order that does not depend on which side of a product it is on: `mx.compile` makes one copy for all of them.
+    """
+    batch, m, n = [shape[d] for d in batching], math.prod(shape[d] for d in rows), math.prod(shape[d] for d in columns)
+    inside = [d for d in (*rows, *columns) if shape[d] > 1]
+    if device_kind() == "cuda" and math.prod(batch) > 1 and m > 1 and n > 1:
+        last = max(inside)
+        leading, trailing = (rows, columns) if last in columns else (columns, rows)
+        if [d for d in (*leading, *trailing) if shape[d] > 1] != [d for d, size in enumerate(shape) if size > 1][-len(inside) :]:
+            dims, size = (*batching, *leading, *trailing), (*batch, m, n) if leading is rows else (*batch, n, m)
+            if leading is rows:
+                return lambda x: mx.contiguous(arranged(x, dims, size))
+            return lambda x: mx.swapaxes(mx.contiguous(arranged(x, dims, size)), -1, -2)
+    return lambda x: arranged(x, (*batching, *rows, *columns), (*batch, m, n))
 
 
 @lowers("stablehlo.dot")

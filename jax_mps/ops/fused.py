@@ -204,6 +204,11 @@ def column_sums(op: Step) -> Run:
     return run
 
 
+@lowers("jax_mps.concatenated")
+def concatenated(op: Step) -> Run:
+    return lambda *arrays: mx.reshape(mx.concatenate(list(arrays[: op.count]), axis=op.axis), op.result.shape)
+
+
 def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:
     """MLX's own kernel: gradients of the rows, and of the scale if there is one."""
 

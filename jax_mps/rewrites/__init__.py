@@ -48,6 +48,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", frozenset(["jax_mps.softmax"])),
         Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),
         Rewrite("product, transposed", transposes.product_transposed, _at("transpose"), "any time", _at("dot_general")),
+        Rewrite("concatenation of merged", transposes.concatenated, _at("concatenate"), "any time", _at("transpose")),
         Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", _at("transpose")),
     ),
     (

@@ -66,6 +66,26 @@ def reshaped(step: Step, scope: Scope) -> Step | None:
     return Step("stablehlo.reshape", (source,), step.results, location=step.location, text=())
 
 
+def concatenated(step: Step, scope: Scope) -> Step | None:
+    """A concatenation of arrays whose dimensions were merged, at least one of them transposed before (the gradients of attention's heads, put together):
+    of these arrays, merged afterwards. Else each is copied twice, for its new order and to its place."""
+    made = [scope.maker(v, "stablehlo.reshape") for v in step.operands]
+    axis, rank = step.dimension, step.result.rank
+    if len(made) < 2 or not any(m is not None and scope.maker(m.operands[0], "stablehlo.transpose") for m in made):
+        return None
+    inner: set[tuple[int, ...]] = set()
+    for m in made:
+        if m is None:
+            return None
+        source, result = m.operand.shape, m.result.shape
+        inside = len(source) - rank + 1  # dimensions that became one
+        if inside < 2 or (*source[:axis], *source[axis + inside :]) != (*result[:axis], *result[axis + 1 :]) or not m.result.size:
+            return None
+        inner.add(tuple(source[axis + 1 : axis + inside]))
+    operands = [m.operands[0] for m in made if m is not None]
+    return fuse("jax_mps.concatenated", step, operands, scope, {"axis": axis, "count": len(operands)}) if len(inner) == 1 else None
+
+
 def sum_of_one(step: Step, scope: Scope) -> Step | None:
     """A sum along dimensions of size 1, as gradients of broadcasts end: a reshape. MLX would copy."""
     if not changes_nothing(step, scope):

@@ -1,5 +1,8 @@
 """`dot_general` and `dot`, every dtype and layout."""
 
+import io
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,9 +12,9 @@ import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import products
+from jax_mps.ops import dot, products
 
-from .harness import Case, check, check_exported, run_on_mlx
+from .harness import Case, check, check_exported, lowered, run_on_mlx
 
 R = np.random.default_rng(0)
 FLOATS = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16), np.dtype("complex64")]
@@ -210,3 +213,26 @@ def test_dot_on_cuda(name, monkeypatch):
     error = np.max(np.abs(got - a.astype(np.float64) @ b.astype(np.float64)) / wide)
     assert error < limit
     assert (error > 1e-5) == (name == "large")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.endswith("_f32")], ids=str)
+def test_matrices_that_are_copied_on_cuda(case, monkeypatch):
+    """The same products, of copies that lie as MLX wants them."""
+    monkeypatch.setattr(dot, "device_kind", lambda: "cuda")
+    check(case)
+
+
+def test_one_copy_for_all_products(monkeypatch):
+    """Attention and its gradients: heads stand between positions and features in each of the three arrays, and two products read each."""
+    monkeypatch.setattr(dot, "device_kind", lambda: "cuda")
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        return ((jnp.tanh(q @ k.swapaxes(-1, -2)) @ v).transpose(0, 2, 1, 3).reshape(2, 9, -1) ** 2).sum()
+
+    case = Case("attention", jax.grad(attend, (0, 1, 2)), [normal(2, 9, 4, 8)] * 3, rtol=1e-4, atol=1e-4)  # products of sums of products
+    _, run, arguments = lowered(case, rewritten=True)
+    text = io.StringIO()
+    mx.export_to_dot(text, *mx.compile(run)(*arguments))
+    assert len(re.findall(r'label ="Contiguous"', text.getvalue())) == 3
+    check(case)

@@ -87,3 +87,26 @@ def test_a_sum_from_one_on_is_none() -> None:
     """(XLA leaves the one out: what it starts from has to be neutral.)"""
     case = Case("one", lambda x: lax.reduce(x.reshape(1, 24), np.float32(1), lax.add, (0,)), (R.normal(size=(4, 6)).astype(np.float32),))
     assert [s.name for s in rewrite(plan_of(case)).steps][-1] == "stablehlo.reduce"
+
+
+def merged(x):
+    return x.transpose(0, 2, 1, 3).reshape(2, 5, -1)
+
+
+H, WIDE = (R.normal(size=(2, heads, 5, 8)).astype(np.float32) for heads in (3, 4))
+
+
+@pytest.mark.parametrize(("f", "fires"), [
+    (lambda x, y: jnp.concatenate([merged(x), merged(y), merged(x + 1)], -1), True),
+    (lambda x, y: jnp.concatenate([merged(x), (y[:, 0] * 2).reshape(2, 5, 1, 8).reshape(2, 5, 8)], -1), True),
+    (lambda x, y: jnp.concatenate([merged(x), jnp.sin(y).reshape(2, 5, 4, 8).reshape(2, 5, -1)], -1), True),
+    (lambda x, y: jnp.concatenate([merged(x), y[:, 0] * 2], -1), False),  # nothing was merged
+    (lambda x, y: jnp.concatenate([x.reshape(2, 15, 8), y.reshape(2, 20, 8)], 1), False),  # nothing moves
+    (lambda x, y: jnp.concatenate([x.swapaxes(0, 1).reshape(3, -1), y.swapaxes(0, 1).reshape(4, -1)], 0), False),  # along another dimension
+    (lambda x, y: jnp.concatenate([merged(x), y.transpose(0, 2, 3, 1).reshape(2, 5, -1)], -1), False),  # other dimensions inside
+    (lambda x, y: (lambda m: (jnp.concatenate([m, merged(y)], -1), m * 2))(merged(x)), False),  # read elsewhere, too
+])  # fmt: skip
+def test_concatenations_before_dimensions_are_merged(f, fires) -> None:
+    case = Case("heads", f, (H, WIDE))
+    assert [s.name for s in rewrite(plan_of(case)).steps].count("jax_mps.concatenated") == fires
+    check(case)
