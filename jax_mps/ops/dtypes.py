@@ -30,7 +30,7 @@ def mx_array(value: np.ndarray[Any, Any], dtype: str) -> mx.array:
 def literal(value: np.ndarray[Any, Any], dtype: str) -> mx.array:
     """A constant of a program. MLX writes a 0-d one into the source of a fused kernel, but -0 as 0, and of complex ones NaN and infinity as
     words that a compiler need not know (0.32.4): those are views of arrays of one element."""
-    if value.ndim == 0 and dtype.startswith(("float", "bfloat", "complex")):
+    if value.ndim == 0 and dtype in ("float16", "bfloat16", "float32", "complex64"):
         parts = np.asarray(value).reshape(1).astype(np.complex64 if dtype == "complex64" else np.float32).view(np.float32)
         if (np.signbit(parts) & (parts == 0)).any() or (dtype == "complex64" and not np.isfinite(parts).all()):
             return mx.reshape(mx_array(np.asarray(value).reshape(1), dtype), ())

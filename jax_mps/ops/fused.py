@@ -218,6 +218,8 @@ def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer
 
     primals = [x] if scale is None else [x, scale]
     wide = mx.result_type(g, *primals)
+    if scale is not None and device_kind() == "metal":  # which sums over the rows in their type
+        wide = mx.float32
     primals = [v.astype(wide) for v in primals]
     return mx.vjp(norm, primals, [g.astype(wide)])[1]
 

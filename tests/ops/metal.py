@@ -138,6 +138,15 @@ def _longer_at_the_end(p: Primitive) -> bool:
     return max(input_dilation) == 1 and any(h > l and s == 1 for s, l, h in zip(strides, low, high, strict=True))
 
 
+def _sums_in_halves(p: Primitive) -> bool:
+    if p.inputs[0].dtype not in ("float16", "bfloat16") or p.arguments[0] not in (_SUM, _PRODUCT):
+        return False
+    return p.name == "Reduce" or p.inputs[0].shape[p.arguments[1]] > _SHORT_SCAN
+
+
+_SHORT_SCAN = 16  # which XLA rounds at every step, too
+
+
 VIEWS = frozenset(["Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Transpose", "Slice", "Split", "View", "Broadcast", "Depends"])
 
 
@@ -154,7 +163,7 @@ def _ends(x: mx.array) -> mx.array:
     return x[1:]
 
 
-_SUM = 2  # how Scatter combines
+_SUM, _PRODUCT = 2, 3  # how Reduce, Scan and Scatter combine
 
 RULES: list[Rule] = [
     Rule(
@@ -184,6 +193,10 @@ RULES: list[Rule] = [
     Rule(
         "Convolution", lambda p: p.inputs[0].dtype != "float32" and _winograd(p), "Winograd's algorithm in half types has 40 times the error (mlx#4242)",
         "conv.cpp:1322", lambda: mx.conv2d(mx.zeros((1, 8, 8, 32), mx.bfloat16), mx.zeros((32, 3, 3, 32), mx.bfloat16)),
+    ),
+    Rule(
+        "Reduce Scan", _sums_in_halves, "half types are added up in the type", "kernels/reduction/reduce_row.h:15, kernels/scan.h",
+        lambda: mx.sum(mx.zeros((9, 9), mx.bfloat16)),
     ),
     Rule(
         "Convolution", _longer_at_the_end, "the padding at the end is not looked at, what lies behind the input is read",

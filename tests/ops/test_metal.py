@@ -95,6 +95,53 @@ MORE = [
 ]
 
 
+R = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return R.normal(size=shape).astype(jnp.dtype(dtype))
+
+
+def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def network(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A convolution, a batch norm, pooling, a stride."""
+    y = lax.conv_general_dilated(x, w["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.nn.relu((y - y.mean((0, 1, 2))) * lax.rsqrt(y.var((0, 1, 2)) + 1e-5))
+    y = lax.conv_general_dilated(y, w["b"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return (lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") ** 2).sum()
+
+
+# As models have them, rewrites included
+PROGRAMS = [
+    *(
+        Case(f"attention_{dtype}", lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), (normal(2, 8, 4, 64, dtype=dtype),) * 3)
+        for dtype in ("float32", "bfloat16")
+    ),
+    Case("norm", norm, (normal(6, 32), normal(32))),
+    Case("norm_gradient", jax.grad(lambda x, s: norm(x, s).sum() * 2, (0, 1)), (normal(6, 32, dtype="bfloat16"), normal(32, dtype="bfloat16"))),
+    Case("cross_entropy", jax.grad(lambda x, i: -jnp.take_along_axis(jax.nn.log_softmax(x), i, 1).mean()), (normal(8, 10), np.arange(8)[:, None] % 10)),
+    *(
+        Case(
+            f"network_{dtype}",
+            jax.grad(network),
+            ({"a": normal(3, 3, 32, 32, dtype=dtype), "b": normal(3, 3, 32, 8, dtype=dtype)}, normal(2, 8, 8, 32, dtype=dtype)),
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    Case("embedding", jax.grad(lambda t, i: (t[i] ** 2).sum()), (normal(16, 4, dtype="float16"), np.arange(6).reshape(2, 3))),
+    Case("segments", lambda x, i: jax.ops.segment_max(x, i, 5), (normal(9, dtype="bfloat16"), np.arange(9) % 5)),
+    Case("sampling", lambda x: jax.random.categorical(jax.random.key(0), lax.top_k(x, 5)[0]), (normal(4, 3, 60),)),
+    Case("dropout", lambda x: jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, x.shape), x / 0.5, 0), (normal(4, 5, dtype="float16"),)),
+    Case("filter", lambda x, y: jnp.fft.irfft(jnp.fft.rfft(x, 38) * jnp.fft.rfft(y, 38), 38), (normal(2, 20), normal(2, 19))),
+    Case("median", lambda x: jnp.median(jnp.swapaxes(x, 0, 2), axis=1), (normal(3, 7, 5),)),
+    Case("lexsort", lambda x, y: jnp.lexsort((x, y)), (np.arange(9) % 4, np.arange(9) % 3)),
+]
+
+
 def check(case: Case, wide: bool, *, run: bool) -> list[str]:
     with jax.enable_x64(wide):
         try:
@@ -119,6 +166,13 @@ def test_the_tables(module: ModuleType, on_metal: None) -> None:
 def test_what_metal_would_get_wrong(case: Case, on_metal: None) -> None:
     """Programs that MLX's Metal backend computes wrongly, or not at all, from the graphs that other devices get."""
     assert check(case, False, run=True) == []
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_programs(case: Case, on_metal: None) -> None:
+    """Parts of models, as they are rewritten."""
+    _, function, arguments = lowered(case, rewritten=True)
+    assert list(facts.complaints(function, arguments)) == []
 
 
 def test_64_bits(on_metal: None) -> None:
