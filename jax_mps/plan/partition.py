@@ -345,7 +345,7 @@ class _Cutter:
         captures = self.captures(scan.body)
         carried = tuple(step.operands[i] for i in (*scan.kept, *(i for i, _ in scan.stacks)))
         reads = carried + tuple(v for v, _ in scan.sources) + captures
-        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan, ahead=step.attributes.get("hoisted", 0))
+        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan, ahead=step.attributes.get("ahead", 0))
         length = scan.chunk_length(self.target.chunk_steps)
         if length > 1:
             chunk = self.inner().block(scan.repeated(length), captures)

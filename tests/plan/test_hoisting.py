@@ -13,7 +13,7 @@ from jax import lax
 from ops.harness import Case, plan_of
 
 from jax_mps.host.xla import host_function
-from jax_mps.plan import hoisting, loops
+from jax_mps.plan import dependence, hoisting, loops
 from jax_mps.plan.batching import VIEWS
 from jax_mps.plan.partition import Target
 from jax_mps.plan.types import Region, Step
@@ -38,8 +38,8 @@ def hoisted(f: Callable[..., Any] | str, *args: Any, target: Target | None = Non
 
 def counted(body: Region) -> tuple[list[str], list[list[str]]]:
     """Ops that compute something: of the program, and of each loop's body in it."""
-    names = [s.name.removeprefix("stablehlo.") for s in body.steps if hoisting.is_costly(s) and s.name != "stablehlo.while"]
-    inner = [[s.name.removeprefix("stablehlo.") for s in loop.regions[1].steps if hoisting.is_costly(s)] for loop in loops_of(body)]
+    names = [s.name.removeprefix("stablehlo.") for s in body.steps if dependence.is_costly(s) and s.name != "stablehlo.while"]
+    inner = [[s.name.removeprefix("stablehlo.") for s in loop.regions[1].steps if dependence.is_costly(s)] for loop in loops_of(body)]
     return names, inner
 
 
@@ -177,8 +177,8 @@ def test_near_misses(name: str) -> None:
     f, args = NEAR[name]
     plain = plan_of(Case(name, f, args)).body
     body = hoisted(f, *args)
-    assert all("hoisted" not in loop.attributes for loop in loops_of(body))
-    assert [s.name for s in body.steps if hoisting.is_costly(s)] == [s.name for s in plain.steps if hoisting.is_costly(s)]
+    assert all("ahead" not in loop.attributes for loop in loops_of(body))
+    assert [s.name for s in body.steps if dependence.is_costly(s)] == [s.name for s in plain.steps if hoisting.is_costly(s)]
 
 
 def test_what_is_the_same_in_all_iterations_leaves() -> None:
@@ -201,9 +201,9 @@ def test_what_is_the_same_in_all_iterations_leaves() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """First what follows stays, then the product."""
     f = rnn(lambda x, w, b: x @ w[:, :N] + b[:N])
-    monkeypatch.setattr(hoisting, "MOST_BYTES", T * B * N * 4)
+    monkeypatch.setattr(dependence, "MOST_BYTES", T * B * N * 4)
     assert counted(hoisted(f, *ARGS))[0] == ["dot_general"]
-    monkeypatch.setattr(hoisting, "MOST_BYTES", T * B * N * 4 - 1)
+    monkeypatch.setattr(dependence, "MOST_BYTES", T * B * N * 4 - 1)
     assert counted(hoisted(f, *ARGS))[0] == []
 
 
