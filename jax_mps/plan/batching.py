@@ -153,20 +153,37 @@ class Batch:
             "lhs_contracting_dimensions": _after(rc), "rhs_contracting_dimensions": tuple(oc),
         }  # fmt: skip
         precision = tuple(step.precision_config if left else step.precision_config[::-1])
-        if (math.prod(free) + math.prod(others)) * math.prod(row.shape[d] for d in rc) < TINY:
-            precision = ("HIGHEST", "HIGHEST")  # as a tiny product has in any case
-        text = (("dot_dimension_numbers", _dot_text(numbers)), ("precision_config", _precision_text(precision)))
-        made = replace(
-            step,
-            results=(Value(TensorType((*batch, self.count, *free, *others), step.result.dtype)),),
-            attributes={**step.attributes, **numbers, "precision_config": precision},
-            text=(*text, *(pair for pair in step.text or () if pair[0] == "algorithm")),
-        )
-        product = self._write(made, (self.rows[row], self.same(other)), whole=True)
+        shape = (*batch, self.count, *free, *others)
+        product = self._multiply(step, (self.rows[row], self.same(other)), shape, numbers, precision)
         b, f = len(batch), len(free)
         rank = product.type.rank
         front, middle, last = range(b), range(b + 1, b + 1 + f), range(b + 1 + f, rank)
         return self.transposed(product, (b, *front, *middle, *last) if left else (b, *front, *last, *middle))
+
+    def summed_product(self, step: Step) -> Value:
+        """The sum of a product over all iterations."""
+        numbers = {name: _after(step.attributes[name]) for name in ("lhs_batching_dimensions", "rhs_batching_dimensions")}
+        numbers |= {name: (0, *_after(step.attributes[name])) for name in ("lhs_contracting_dimensions", "rhs_contracting_dimensions")}
+        lhs, rhs = (self.rows[v] for v in step.operands)
+        return self._multiply(step, (lhs, rhs), step.result.shape, numbers, tuple(step.precision_config))
+
+    def _multiply(
+        self, step: Step, operands: tuple[Value, Value], shape: tuple[int, ...], numbers: Mapping[str, tuple[int, ...]], precision: tuple[str, ...]
+    ) -> Value:
+        """A larger product in place of many like the step."""
+        lhs, rhs = step.operands
+        contracting = step.lhs_contracting_dimensions
+        free = (_free(lhs, step.lhs_batching_dimensions, contracting), _free(rhs, step.rhs_batching_dimensions, step.rhs_contracting_dimensions))
+        if sum(map(math.prod, free)) * math.prod(lhs.shape[d] for d in contracting) < TINY:
+            precision = ("HIGHEST", "HIGHEST")  # as a tiny product has in any case
+        text = (("dot_dimension_numbers", _dot_text(numbers)), ("precision_config", _precision_text(precision)))
+        made = replace(
+            step,
+            results=(Value(TensorType(shape, step.result.dtype)),),
+            attributes={**step.attributes, **numbers, "precision_config": precision},
+            text=(*text, *(pair for pair in step.text or () if pair[0] == "algorithm")),
+        )
+        return self._write(made, operands, whole=True)
 
 
 def _after(dimensions: Iterable[int]) -> tuple[int, ...]:

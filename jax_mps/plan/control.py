@@ -375,6 +375,7 @@ class Scan(Segment):
     chunk: Block | None
     chunk_length: int
     ahead: int = 0  # ops of its body that are computed before it, for all iterations at once (plan/hoisting.py)
+    behind: int = 0  # carries that wait until after it (plan/sinking.py)
 
     def run(self, values: list[Any]) -> Sequence[Any]:
         kept, sources = len(self.kept), len(self.kept) + len(self.stacks)
@@ -442,7 +443,7 @@ class Scan(Segment):
     def to_manifest(self) -> Manifest:
         blocks = {n: b and b.to_manifest() for n, b in (("body", self.body), ("chunk", self.chunk))}
         rows = {n: [[r.axis, r.first, r.sign] for r in found] for n, found in (("sources", self.sources), ("stacks", self.stacks))}
-        numbers = {n: getattr(self, n) for n in ("counter", "start", "step", "trips", "uses_counter", "chunk_length", "ahead")}
+        numbers = {n: getattr(self, n) for n in ("counter", "start", "step", "trips", "uses_counter", "chunk_length", "ahead", "behind")}
         carries = {"kept": list(self.kept), "stacked": list(self.stacked), "types": [type_to_json(t) for t in self.types], "type": self.kind}
         return {"kind": "scan", **blocks, **rows, **numbers, **carries}
 
@@ -450,11 +451,13 @@ class Scan(Segment):
     def from_manifest(cls, manifest: Manifest, files: Files) -> Scan:
         body, chunk = (manifest[n] and Block.from_manifest(manifest[n], files) for n in ("body", "chunk"))
         sources, stacks = (tuple(Row(*map(int, r)) for r in manifest[n]) for n in ("sources", "stacks"))
-        counter, start, step, trips, length, ahead = (int(manifest[n]) for n in ("counter", "start", "step", "trips", "chunk_length", "ahead"))
+        counter, start, step, trips = (int(manifest[n]) for n in ("counter", "start", "step", "trips"))
+        length, ahead, behind = (int(manifest[n]) for n in ("chunk_length", "ahead", "behind"))
         kept, stacked = (tuple(int(i) for i in manifest[n]) for n in ("kept", "stacked"))
         types = tuple(type_from_json(t) for t in manifest["types"])
         uses = bool(manifest["uses_counter"])
-        return cls(kept, stacked, types, counter, str(manifest["type"]), start, step, trips, uses, sources, stacks, body, chunk, length, ahead)
+        kind = str(manifest["type"])
+        return cls(kept, stacked, types, counter, kind, start, step, trips, uses, sources, stacks, body, chunk, length, ahead, behind)
 
 
 def settle(values: Sequence[Any], interrupts: int) -> None:

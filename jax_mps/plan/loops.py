@@ -128,7 +128,14 @@ def unroll(body: Region, initial: Sequence[Value], trips: int, counter: Counter,
     return tuple(carry)
 
 
-Hoist = Callable[[Step, Constants], tuple[list[Step], Step]]  # what runs before a loop, and the loop without it
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A loop, what runs before and after it in place of parts of it, and what stands for results that it no longer has."""
+
+    before: list[Step]
+    loop: Step
+    after: list[Step]
+    ends: dict[Value, Value]
 
 
 def unroll_short(
@@ -136,10 +143,10 @@ def unroll_short(
     constants: Constants,
     fits: Callable[[Step], bool],
     kept: Set[Step] = frozenset(),
-    hoist: Hoist = lambda loop, constants: ([], loop),
+    take_apart: Callable[[Step, Constants], Apart] = lambda loop, constants: Apart([], loop, [], {}),
 ) -> Region:
-    """The region with every short loop of static trip count, inner ones first, replaced by copies of its body; of each, `hoist` takes what may
-    leave its body first.
+    """The region with every short loop of static trip count, inner ones first, replaced by copies of its body; what may leave
+    the body of any has left it before.
 
     `fits` says whether the device can run a step; a loop with one that it cannot run is left alone, and so are those in `kept`.
     """
@@ -151,7 +158,7 @@ def unroll_short(
     for original in region.steps:
         inner = original
         if original.name in ("stablehlo.while", "stablehlo.case", "stablehlo.if") and original not in kept:
-            inner = replace(original, regions=tuple(unroll_short(r, known, fits, kept, hoist) for r in original.regions))
+            inner = replace(original, regions=tuple(unroll_short(r, known, fits, kept, take_apart) for r in original.regions))
         step = renamed(inner, names)
         if step.name == "stablehlo.constant":
             known[original.results[0]] = known[step.results[0]] = step.value
@@ -159,14 +166,15 @@ def unroll_short(
         if step.name == "stablehlo.while" and original not in kept:
             step, results = without_invariants(step)
             constant, step, ends = with_one_counter(step, known)
-            before, step = hoist(step, known)
-            steps += (*constant, *before)
             known.update((s.results[0], s.value) for s in constant)
-            carry = _unrolled(step, known, fits, steps)
+            parts = take_apart(step, known)
+            steps += (*constant, *parts.before)
+            carry = _unrolled(parts.loop, known, fits, steps)
+            last = {} if carry is None else dict(zip(parts.loop.results, carry, strict=True))
             if carry is None:
-                steps.append(step)
-            else:
-                ends.update(zip(step.results, carry, strict=True))
+                steps.append(parts.loop)
+            steps += (renamed(s, last) for s in parts.after)
+            ends |= {**last, **{v: last.get(end, end) for v, end in parts.ends.items()}}
             results = tuple(ends.get(v, v) for v in results)
             known.update((v, known[end]) for v, end in zip(original.results, results, strict=True) if end in known)
         else:

@@ -66,6 +66,7 @@ class Draft:
     carry: int = 0
     scan: scans.Scan | None = None
     ahead: int = 0  # ops of a scan that are computed before it
+    behind: int = 0  # carries of a scan that are computed after it
     condition: Condition | None = None
     kept: tuple[int, ...] = ()
     counters: tuple[tuple[int, int], ...] = ()
@@ -345,7 +346,8 @@ class _Cutter:
         captures = self.captures(scan.body)
         carried = tuple(step.operands[i] for i in (*scan.kept, *(i for i, _ in scan.stacks)))
         reads = carried + tuple(v for v, _ in scan.sources) + captures
-        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan, ahead=step.attributes.get("ahead", 0))
+        draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan)
+        draft.ahead, draft.behind = (step.attributes.get(name, 0) for name in ("ahead", "after"))
         length = scan.chunk_length(self.target.chunk_steps)
         if length > 1:
             chunk = self.inner().block(scan.repeated(length), captures)

@@ -72,6 +72,8 @@ def _segment(segment: Segment, indent: str) -> Iterator[str]:
             yield f"{indent}loop, {segment.trips} times, {len(segment.kept)} values carried, {taken}"
             if segment.ahead:
                 yield f"{indent}  {segment.ahead} {'ops' if segment.ahead > 1 else 'op'} of its body computed before it, for all iterations at once"
+            if segment.behind:
+                yield f"{indent}  {segment.behind} {'sums or rows' if segment.behind > 1 else 'sum'} of all iterations computed after it"
             if segment.chunk:
                 yield f"{indent}  {segment.chunk_length} iterations at a time"
             for block in [b for b in (segment.body, segment.chunk) if b is not None][:1]:

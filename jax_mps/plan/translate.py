@@ -16,7 +16,7 @@ from jax_mps.errors import InvalidProgram
 from jax_mps.host.xla import host_function
 from jax_mps.ops import load_all
 from jax_mps.ops.registry import Lowerer, has_lowering, is_elementwise
-from jax_mps.plan import build, control, export, hoisting, loops, segments
+from jax_mps.plan import build, control, export, hoisting, loops, segments, sinking
 from jax_mps.plan.boundary import COSTS
 from jax_mps.plan.interrupts import watched
 from jax_mps.plan.partition import Draft, DraftBlock, Target, host_loops, is_device_step, partition
@@ -48,7 +48,7 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     def fits(step: Step) -> bool:
         return is_device_step(step) and lowerer.refusal(step) is None
 
-    unrolled = loops.unroll_short(plan.body, {}, fits, kept, lambda loop, constants: hoisting.hoisted(loop, constants, where))
+    unrolled = loops.unroll_short(plan.body, {}, fits, kept, lambda loop, constants: apart(loop, constants, where))
     plan = rewrite(replace(plan, body=unrolled))
     draft = partition(plan, where)
     files = ExportedFiles()
@@ -58,6 +58,13 @@ def translate(module: ir.Module) -> tuple[Program, ExportedFiles]:
     program = Program(plan.name, parameters, results, plan.donated, block, effects, plan.memories, plan.layouts)
     program.manifest = program.to_manifest()
     return program, files
+
+
+def apart(loop: Step, constants: loops.Constants, where: Target) -> loops.Apart:
+    """A loop without what can be done before it or after."""
+    before, loop = hoisting.hoisted(loop, constants, where)
+    parts = sinking.sunk(loop, constants, where)
+    return replace(parts, before=[*before, *parts.before])
 
 
 # Steps of a chunk of iterations on a GPU, where one call costs as much as a dozen kernels (H100: 384 took 0.65 to 0.9 of the time of 192).
@@ -189,6 +196,7 @@ class _Assembler:
             chunk=self.block(draft.chunk) if draft.chunk else None,
             chunk_length=draft.chunk_length,
             ahead=draft.ahead,
+            behind=draft.behind,
         )
 
     def until(self, draft: Draft) -> control.Until:

@@ -13,8 +13,10 @@ from jax import lax
 
 import jax_mps
 from jax_mps.pjrt.client import Client
-from jax_mps.plan import hoisting, partition
-from tests.plan.test_hoisting import BIAS, FIRES, NEAR, XS, B, H, N, T, V, W, normal, rnn
+from jax_mps.plan import loops, partition, translate
+from tests.plan import test_sinking
+from tests.plan.test_hoisting import ARGS, BIAS, FIRES, NEAR, XS, B, H, N, T, V, W, gru, normal, rnn
+from tests.plan.test_sinking import gradient
 
 pytestmark = pytest.mark.device
 
@@ -34,6 +36,21 @@ def outputs_only(xs, w):
 ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     **{name: row[:2] for name, row in FIRES.items()},
     **{f"near: {name}": (f, args) for name, (f, args) in NEAR.items()},
+    **{f"after: {name}": row[:2] for name, row in test_sinking.FIRES.items()},
+    **{f"not after: {name}": row for name, row in test_sinking.NEAR.items()},
+    "after: gru": (gradient(gru), ARGS),
+    "after: long, in chunks": (gradient(rnn(lambda x, w, b: x @ w[:, :N] + b[:N])), (normal(701, B, N), W * 0.5, V * 0.5, BIAS, H)),
+    "after: weights first": (gradient(rnn(lambda x, w, b: (w[:, :N].T @ x.T).T)), ARGS),
+    "after: of the carry's first value, and the rows": (gradient(rnn(lambda x, w, b: x @ w[:, :N]), 0, 4), ARGS),
+    "after: complex": (
+        test_sinking.summing(lambda h, x, w: (x.T + 1j * x.T) @ (h * (2 - 1j))), (test_sinking.XS, W, H)
+    ),
+    "after: in a scan": (
+        lambda xs, w, v, h: lax.scan(
+            lambda w, x: (w - 0.01 * jax.grad(lambda w: jnp.sum(rnn(lambda x, w, b: x @ w[:, :N])(x, w, v, None, h)[1] ** 2))(w), None), w, xs
+        )[0],
+        (normal(5, 60, B, N), W, V * 0.2, H),
+    ),
     "short: unrolled": (rnn(lambda x, w, b: x @ w[:, :N] + b[:N]), (XS[:3], W, V, BIAS, H)),
     "long": (rnn(lambda x, w, b: x @ w[:, :N] + b[:N], reverse=True), (normal(701, B, N), W, V, BIAS, H)),
     "rows from both ends": (mixed, (XS, normal(T, B, N), W_, H)),
@@ -98,7 +115,7 @@ def results(f: Callable[..., Any], args: tuple[Any, ...], how: str, monkeypatch:
     with monkeypatch.context() as patch:
         on_the_device(how, patch)
         if how == "none":
-            patch.setattr(hoisting, "hoisted", lambda loop, constants, target: ([], loop))
+            patch.setattr(translate, "apart", lambda loop, constants, where: loops.Apart([], loop, [], {}))
         return jax.tree.leaves(jax.jit(lambda *args: f(*args))(*args))
 
 
@@ -177,3 +194,6 @@ def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     on_the_device("all", monkeypatch)
     said = jax_mps.explain(jax.jit(f).lower(*args).compile())
     assert "  2 ops of its body computed before it, for all iterations at once" in said
+    f, args = ROWS["after: long, in chunks"]
+    said = jax_mps.explain(jax.jit(f).lower(*args).compile())
+    assert "  4 sums or rows of all iterations computed after it" in said

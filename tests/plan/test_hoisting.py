@@ -33,7 +33,11 @@ def hoisted(f: Callable[..., Any] | str, *args: Any, target: Target | None = Non
     """The program after what leaves loops has left them."""
     where = target or Target(lambda step: None, lambda step: None)
     plan = plan_of(Case("hoisting", f, args))
-    return loops.unroll_short(plan.body, {}, lambda step: False, frozenset(), lambda loop, constants: hoisting.hoisted(loop, constants, where))
+    return loops.unroll_short(plan.body, {}, lambda step: False, frozenset(), lambda loop, constants: alone(*hoisting.hoisted(loop, constants, where)))
+
+
+def alone(before: list[Step], loop: Step) -> loops.Apart:
+    return loops.Apart(before, loop, [], {})
 
 
 def counted(body: Region) -> tuple[list[str], list[list[str]]]:
