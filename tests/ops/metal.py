@@ -199,6 +199,11 @@ RULES: list[Rule] = [
         lambda: mx.sum(mx.zeros((9, 9), mx.bfloat16)),
     ),
     Rule(
+        "Matmul", lambda p: math.prod(p.outputs[0].shape) == 1 and any(map(_may_begin_anywhere, p.made_by)),
+        "four elements are read at once at an address that is no multiple of their size", "kernels/dot.h:34 (compare matmul.cpp:1325)",
+        lambda: mx.matmul(_ends(mx.zeros((9,)) + 1), mx.zeros((8,))),
+    ),
+    Rule(
         "Convolution", _longer_at_the_end, "the padding at the end is not looked at, what lies behind the input is read",
         "conv.cpp:53 and 940, kernels/conv.metal, depthwise_conv_1d",
         lambda: mx.conv_general(mx.zeros((2, 8, 4)), mx.zeros((4, 3, 1)), padding=([0], [2]), groups=4),

@@ -74,6 +74,7 @@ MORE = [
         lambda x: [lax.bitcast_convert_type(lax.bitcast_convert_type(x, t), x.dtype) for t in ("uint8", "int16")],
         (np.float32([1.5, -0.0, np.nan]),),
     ),
+    Case("product_of_slices", lambda x: jnp.dot(x[1:], x[:-1]), (np.arange(9, dtype=np.float16),)),
     Case("bitcast_of_slice", lambda x: lax.bitcast_convert_type((x * 2)[1:9].reshape(2, 4), jnp.float32), (np.arange(20, dtype=np.uint8),)),
     Case("scatter_to_slice", lambda x: (x * 2)[1:].at[jnp.array([1, 1, 3])].max(jnp.float16(3)), (np.arange(9, dtype=np.float16),)),
     Case("set_in_slice", lambda x, i: (x * 2)[1:].at[i].set(jnp.int8(3), mode="promise_in_bounds"), (np.arange(9, dtype=np.int8), np.array([1, 4], np.int32))),
