@@ -29,8 +29,8 @@ def fft(op: Step) -> Run:
         return lambda x: _transform("FFT", x.astype(mx.complex64), longer)
     if lengths[-1] == 1 and kind == "IRFFT":
         return lambda x: mx.real(_transform("IFFT", x, longer))
-    if device_kind() == "metal" and kind == "IRFFT" and not _has_small_factors(lengths[-1]):
-        return lambda x: _to_real(x, longer)
+    if device_kind() == "metal" and kind in ("RFFT", "IRFFT") and lengths[-1] <= _MOST_IN_PAIRS:
+        return lambda x: _alone(kind, x, longer)
     return lambda x: _transform(kind, x, longer)
 
 
@@ -39,7 +39,7 @@ def _transform(kind: str, x: mx.array, lengths: Lengths) -> mx.array:
     return transform(x, s=tuple(n for n, _ in lengths), axes=tuple(axis for _, axis in lengths)) if lengths else x
 
 
-_MOST_ON_METAL = 1 << 24
+_MOST_ON_METAL, _MOST_IN_PAIRS = 1 << 24, 4096
 
 
 def _elements(n: int) -> int:
@@ -47,15 +47,10 @@ def _elements(n: int) -> int:
     return n if n & (n - 1) == 0 else 1 << (2 * n - 2).bit_length()
 
 
-def _has_small_factors(n: int) -> bool:
-    for factor in (2, 3, 5, 7, 11, 13):
-        while n % factor == 0:
-            n //= factor
-    return n == 1
-
-
-def _to_real(x: mx.array, lengths: Lengths) -> mx.array:
-    """Metal's kernel for lengths with large factors takes a first element as it is, whose imaginary part the spec does not see."""
-    x = _transform("IFFT", x, lengths[:-1])
-    x = mx.concatenate([mx.real(x[..., :1]).astype(mx.complex64), x[..., 1:]], axis=-1)
-    return _transform("IRFFT", x, lengths[-1:])
+def _alone(kind: str, x: mx.array, lengths: Lengths) -> mx.array:
+    """Metal transforms two real lines as one complex one: a NaN of one, its rounding errors, and the imaginary part of what is to be real (its first
+    element) would be the other's, too. So each line is put beside zeros."""
+    *outer, last = lengths
+    x = _transform("IFFT", x, outer) if kind == "IRFFT" else x
+    x = _transform(kind, mx.stack([x, mx.zeros_like(x)], axis=-2), [last])[..., 0, :]
+    return _transform("FFT", x, outer) if kind == "RFFT" else x

@@ -112,18 +112,12 @@ def _transformed(p: Primitive) -> int:
     return longest
 
 
-def _packed(n: int) -> bool:
-    for factor in (2, 3, 5, 7, 11, 13):
-        while n % factor == 0:
-            n //= factor
-    return n > 1
-
-
-def _is_real_first(p: Primitive) -> bool:
-    """Whether the last axis begins with what was a real number."""
-    maker = p.made_by[0]
-    first = maker.made_by[0] if maker is not None and maker.name == "Concatenate" else None
-    return first is not None and first.name == "AsType" and first.inputs[0].dtype == "float32"
+def _is_in_pairs(p: Primitive) -> bool:
+    """Whether lines of real numbers share a transform with others, and not with what was put beside them."""
+    maker, shape = p.made_by[0], p.inputs[0].shape
+    real = "float32" in (p.inputs[0].dtype, p.outputs[0].dtype)
+    put = maker is not None and maker.name == "Concatenate" and len(maker.inputs) == 2 == shape[-2]
+    return real and max(shape[-1], p.outputs[0].shape[-1]) <= 4096 and not put
 
 
 def _winograd(p: Primitive) -> bool:
@@ -186,9 +180,8 @@ RULES: list[Rule] = [
     Rule("Slice SliceUpdate", _moves_back, "negative strides are reduced and sorted wrongly (mlx#4528)", "reduce.cpp", lambda: mx.zeros((4,))[::-1]),
     Rule("FFT", lambda p: _transformed(p) > 1 << 24, "the largest transform", "fft.cpp:142", lambda: mx.fft.fft(mx.zeros(((1 << 23) + 1,)))),
     Rule(
-        "FFT", lambda p: p.outputs[0].dtype == "float32" and _packed(p.outputs[0].shape[p.arguments[0][-1]]) and not _is_real_first(p),
-        "two lines are transformed as one, and each reads the imaginary part of the other's first element", "kernels/fft/readwrite.h, load_padded",
-        lambda: mx.fft.irfft(mx.zeros((2, 10), mx.complex64), 19),
+        "FFT", _is_in_pairs, "two lines are transformed as one: rounding errors, NaN and the imaginary parts of first elements are shared",
+        "kernels/fft/readwrite.h", lambda: mx.fft.rfft(mx.zeros((2, 10))),
     ),
     Rule(
         "Convolution", lambda p: p.inputs[0].dtype != "float32" and _winograd(p), "Winograd's algorithm in half types has 40 times the error (mlx#4242)",
