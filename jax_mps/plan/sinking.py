@@ -7,7 +7,7 @@ a `g_t` itself, as gradients of biases are, and with rows that are handed out as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from jax_mps.plan.trips import Row
 from jax_mps.plan.types import Region, Step, TensorType, Value, numpy_dtype
 
 _MOVES = ("stablehlo.reshape", "stablehlo.transpose")
+_OF_ROWS = (*_MOVES, "stablehlo.broadcast_in_dim", "stablehlo.add")
 
 
 def sunk(loop: Step, constants: Constants, target: Target) -> Apart:
@@ -41,17 +42,9 @@ def sunk(loop: Step, constants: Constants, target: Target) -> Apart:
 class _Tree:
     """What linear steps make of some leaves: products, and other values."""
 
-    linear: tuple[Step, ...]
-    products: tuple[Step, ...]
+    linear: frozenset[Step]
+    products: frozenset[Step]
     others: tuple[Value, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """A carry that each iteration adds to, and to what all iterations add up: a tree one of whose leaves was the carry itself."""
-
-    position: int
-    tree: _Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +58,47 @@ class _Rows:
 
 
 class _Sinker:
-    """One loop. kept: what its iterations hand out instead."""
+    """One loop.
+
+    sums: the positions of carries that each iteration adds to, and the trees of what it adds, of whose leaves one is the carry itself.
+    kept: what the loop's iterations hand out instead. rows: what they hand out and need not, since it follows from that.
+    """
 
     def __init__(self, on: Dependence) -> None:
         self.on, self.reader, self.body = on, on.reader, on.body
-        self.kept: dict[Value, None] = {}
         others = [i for i in range(len(self.body.arguments)) if i != self.reader.counter]
-        waiting = [found for i in others if (found := self._sum(i)) is not None]
-        self.sums: list[_Sum] = []
-        while ready := [s for s in waiting if all(v in self.kept for v in s.tree.others)]:
-            self.sums += ready
-            waiting = [s for s in waiting if s not in ready]
-            self.kept.update((self._base(v), None) for s in ready for p in s.tree.products for v in p.operands if not self._is_read(v))
+        self.readers: dict[Value, list[Step]] = {}
+        for step in self.body.steps:
+            for value in step.reads():
+                self.readers.setdefault(value, []).append(step)
+        self.kept: dict[Value, None] = {}
+        self.sums = self._sums(others)
         self.rows = [rows for i in others if (rows := self._rows(i)) is not None]
+
+    def _sums(self, positions: Sequence[int]) -> dict[int, _Tree]:
+        """Those whose other leaves are handed out for the sake of products; as all of them wait, or none, for each step that they share."""
+        while True:
+            late = self._late(positions)
+            trees = {i: tree for i in positions if (tree := self._sum(i, late)) is not None}
+            found, self.kept = dict[int, _Tree](), {}
+            while ready := {i: t for i, t in trees.items() if i not in found and all(v in self.kept for v in t.others if v is not self.body.arguments[i])}:
+                found.update(ready)
+                made = {p for tree in ready.values() for p in tree.products}
+                self.kept.update((self._base(v), None) for p in self.body.steps if p in made for v in p.operands if not self._is_read(v))
+            if len(found) == len(positions):
+                return found
+            positions = list(found)
+
+    def _late(self, positions: Sequence[int]) -> set[Value]:
+        """Values that nothing reads but linear steps to these carries' next values."""
+        ends = [self.body.results[i] for i in positions]
+        late: set[Value] = set()
+        for step in reversed(self.body.steps):
+            for value in step.results:
+                readers = self.readers.get(value, [])
+                if self._reads(value) == len(readers) + ends.count(value) and all(self._is_linear(s) and s.results[0] in late for s in readers):
+                    late.add(value)
+        return late
 
     def _reads(self, value: Value) -> int:
         return self.reader.readers.get(value, 0)
@@ -92,35 +113,33 @@ class _Sinker:
         """Whether a value is a row of a captured array, which is there after the loop, too."""
         return self.on.viewed(value) in self.on.sources and self.on.kind(value) == "row"
 
-    def _sum(self, position: int) -> _Sum | None:
+    def _sum(self, position: int, late: Set[Value]) -> _Tree | None:
         argument, result = self.body.arguments[position], self.body.results[position]
-        if result is argument or not (argument.type.is_floating or argument.type.is_complex) or self._reads(argument) != 1 or self._reads(result) != 1:
+        if result not in late or not (argument.type.is_floating or argument.type.is_complex) or self._reads(argument) != 1:
             return None
-        tree = self._tree(result, self._is_linear)
+        tree = self._tree(result, lambda value, made: value in late and self._is_linear(made))
         adds = [result]
         while (step := self.reader.producers.get(adds[-1])) is not None and step.name == "stablehlo.add" and step in tree.linear:
             adds.append(next((v for v in step.operands if v is argument), step.operands[0]))
-        if adds[-1] is not argument or tree.others.count(argument) != 1:
+        if adds[-1] is not argument or any(self._reads(v) != 1 for v in adds):
             return None
-        others = tuple(v for v in tree.others if v is not argument)
-        if any(self.on.kind(v) is not None for v in others) or not all(map(self._is_changing, tree.products)):
-            return None
-        return _Sum(position, replace(tree, others=others))
+        changing = all(p.results[0] in late and self._is_changing(p) for p in tree.products)
+        return tree if changing and all(v is argument or self.on.kind(v) is None for v in tree.others) else None
 
-    def _tree(self, value: Value, is_linear: Callable[[Step], bool]) -> _Tree:
-        """What leads to a value, as far as nothing else reads it."""
-        linear, products, others, waiting = set[Step](), list[Step](), list[Value](), [value]
+    def _tree(self, value: Value, is_linear: Callable[[Value, Step], bool]) -> _Tree:
+        """What leads to a value."""
+        linear, products, others, waiting = set[Step](), set[Step](), dict[Value, None](), [value]
         while waiting:
             value = waiting.pop()
-            made = self.reader.producers.get(value) if self._reads(value) == 1 else None
-            if made is not None and is_linear(made):
+            made = self.reader.producers.get(value)
+            if made is not None and is_linear(value, made):
                 linear.add(made)
                 waiting += made.operands if made.name == "stablehlo.add" else made.operands[:1]
             elif made is not None and made.name == "stablehlo.dot_general":
-                products.append(made)
+                products.add(made)
             else:
-                others.append(value)
-        return _Tree(tuple(s for s in self.body.steps if s in linear), tuple(products), tuple(others))
+                others[value] = None
+        return _Tree(frozenset(linear), frozenset(products), tuple(others))
 
     def _is_changing(self, product: Step) -> bool:
         """Whether both sides are others in each iteration."""
@@ -129,7 +148,7 @@ class _Sinker:
     def _is_linear(self, step: Step) -> bool:
         """Whether it is all the same if a step is done before a sum or after."""
         if step.name not in ("stablehlo.reduce", "stablehlo.pad"):
-            return step.name in _MOVES or step.name == "stablehlo.add"
+            return step.name in (*_MOVES, "stablehlo.slice", "stablehlo.add")
         zero = self.reader.constants.get(step.operands[1]) if len(step.operands) == 2 else None
         return zero is not None and not zero.any() and (step.name == "stablehlo.pad" or folds(step.regions[0]) == ("add",))
 
@@ -138,26 +157,39 @@ class _Sinker:
         if found is None or found[1].range(0, self.reader.trips) != (0, self.body.arguments[position].shape[found[1].axis]):
             return None
         update, row = found
-        tree = self._tree(update.operands[1], lambda s: s.name in (*_MOVES, "stablehlo.add", "stablehlo.broadcast_in_dim"))
-        return _Rows(position, row, tree, update) if tree.products and not tree.others and all(map(self._is_of_kept, tree.products)) else None
+        tree = self._tree(update.operands[1], lambda value, made: self._reads(value) == 1 and made.name in _OF_ROWS)
+        alone = tree.products and not tree.others and all(self._reads(p.results[0]) == 1 and self._is_of_kept(p) for p in tree.products)
+        return _Rows(position, row, tree, update) if alone else None
 
     def _is_of_kept(self, product: Step) -> bool:
         """Whether one side is handed out anyway, and the other is the same in all iterations."""
         free = [v for v in product.operands if self.on.kind(v) not in ("fixed", "constant")]
         return len(free) == 1 and self._base(free[0]) in self.kept and product.attributes.get("algorithm") is None
 
+    @property
+    def products(self) -> list[Step]:
+        """Those that are summed."""
+        found = {p for tree in self.sums.values() for p in tree.products}
+        return [s for s in self.body.steps if s in found]
+
+    @property
+    def linear(self) -> list[Step]:
+        """What leads from them to the sums."""
+        found = {s for tree in self.sums.values() for s in tree.linear}
+        return [s for s in self.body.steps if s in found]
+
     def pays(self) -> bool:
         """Whether what is handed out is not much more than what is saved, and within bounds for all iterations."""
-        added, saved = sum(v.type.nbytes for v in self.kept), sum(p.result.nbytes for s in self.sums for p in s.tree.products)
+        added, saved = sum(v.type.nbytes for v in self.kept), sum(p.result.nbytes for p in self.products)
         return saved > 0 and added <= 2 * saved and added * self.reader.trips <= dependence.MOST_BYTES
 
     # ---- apart --------------------------------------------------------------------------------------------------------------------
 
     def apart(self, loop: Step) -> Apart:
         on, body = self.on, self.body
-        read = [v for s in self.sums for p in s.tree.products for v in p.operands if self._base(v) not in self.kept]
+        read = [v for p in self.products for v in p.operands if self._base(v) not in self.kept]
         fixed = [v for s in self.rows for p in s.tree.products for v in p.operands if self._base(v) not in self.kept]
-        zeros = [v for s in self.sums for step in s.tree.linear if step.name != "stablehlo.add" for v in step.operands[1:]]
+        zeros = [v for step in self.linear if step.name != "stablehlo.add" for v in step.operands[1:]]
         source = on.leader(on.steps_to(read))
         outside = Outside(on, source and source[1])
         for step in on.steps_to([*read, *fixed, *zeros]):
@@ -167,7 +199,7 @@ class _Sinker:
         if index is None:
             return Apart([], loop, [], {})
         buffers = {v: _zeros((self.reader.trips, *v.shape), v.dtype, outside.steps) for v in self.kept}
-        gone = {*(s.position for s in self.sums), *(s.position for s in self.rows)}
+        gone = {*self.sums, *(s.position for s in self.rows)}
         left = [i for i in range(len(body.arguments)) if i not in gone]
         arguments = {v: Value(b.type) for v, b in buffers.items()}
         steps = [*inside, *(s for s in body.steps if s not in inside)]
@@ -178,7 +210,8 @@ class _Sinker:
         stacks = {v: Value(b.type) for v, b in buffers.items()}
         operands, results = ((*(values[i] for i in left), *more.values()) for values, more in ((loop.operands, buffers), (loop.results, stacks)))
         after = Batch(self.reader.trips, {**outside.rows, **stacks}, outside.same_of)
-        ends = {loop.results[s.position]: self._summed(s, loop.operands[s.position], after, outside) for s in self.sums}
+        sums = self._summed({**outside.names, **{body.arguments[i]: loop.operands[i] for i in self.sums}}, after)
+        ends = {loop.results[i]: sums[body.results[i]] for i in self.sums}
         ends |= {loop.results[s.position]: self._put(s, source and source[1], after) for s in self.rows}
         attributes = {**loop.attributes, "after": loop.attributes.get("after", 0) + len(gone)}
         slimmer = replace(loop, operands=operands, results=results, regions=(tests, slim), attributes=attributes)
@@ -191,16 +224,15 @@ class _Sinker:
             return self.on.index(*source, steps)
         return self.body.arguments[self.reader.counter] if (self.reader.start, self.reader.step) == (0, 1) else None
 
-    def _summed(self, found: _Sum, start: Value, after: Batch, outside: Outside) -> Value:
-        """The carry's end."""
-        argument, result = self.body.arguments[found.position], self.body.results[found.position]
-        names = {**outside.names, argument: start}
-        for product in found.tree.products:
+    def _summed(self, names: dict[Value, Value], after: Batch) -> dict[Value, Value]:
+        """What stands for the carries' last values, from what stands for their first ones."""
+        for product in self.products:
             self._bring(product.operands, after)
             names[product.results[0]] = after.summed_product(product)
-        names |= {v: _total(after.rows[v], v.type, after) for v in found.tree.others}
-        after.steps += [renamed(step, names) for step in found.tree.linear]
-        return names[result]
+        others = dict.fromkeys(v for tree in self.sums.values() for v in tree.others if v not in names)
+        names |= {v: _total(after.rows[v], v.type, after) for v in others}
+        after.steps += [renamed(step, names) for step in self.linear]
+        return names
 
     def _bring(self, values: Iterable[Value], after: Batch) -> None:
         """What is handed out, as a product reads it."""

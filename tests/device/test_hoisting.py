@@ -42,6 +42,10 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "after: long, in chunks": (gradient(rnn(lambda x, w, b: x @ w[:, :N] + b[:N])), (normal(701, B, N), W * 0.5, V * 0.5, BIAS, H)),
     "after: weights first": (gradient(rnn(lambda x, w, b: (w[:, :N].T @ x.T).T)), ARGS),
     "after: of the carry's first value, and the rows": (gradient(rnn(lambda x, w, b: x @ w[:, :N]), 0, 4), ARGS),
+    "after: weights in parts": (
+        gradient(lambda xs, w, a, b, h: lax.scan(lambda h, x: (jnp.tanh(x @ w + h @ jnp.concatenate([a, b], 1)), h), h, xs)[1], 1, 2, 3),
+        (normal(200, B, N), W_, V[:, :3] * 0.2, V[:, 3:N] * 0.2, H),
+    ),
     "after: complex": (
         test_sinking.summing(lambda h, x, w: (x.T + 1j * x.T) @ (h * (2 - 1j))), (test_sinking.XS, W, H)
     ),

@@ -85,10 +85,31 @@ def test_a_gru() -> None:
     assert backward(apart(gradient(gru), *ARGS)) == (6, ["dot_general"] * 3)
 
 
+def test_one_product_for_several_weights() -> None:
+    """Weights that the body puts together: their gradients are slices of one product, which waits if all of them do."""
+
+    def f(xs, w, v, h):
+        def step(h, x):
+            return jnp.tanh(x @ w[:, :N] + h @ jnp.concatenate([v[:, : N // 2], v[:, N // 2 : N]], 1)), h
+
+        return lax.scan(step, h, xs)[1]
+
+    def halves(xs, w, a, b, h):
+        return lax.scan(lambda h, x: (jnp.tanh(x @ w[:, :N] + h @ jnp.concatenate([a, b], 1)), h), h, xs)[1]
+
+    assert backward(apart(gradient(f, 2), XS, W, V * 0.2, H))[1] == ["dot_general"]
+    args = XS, W, V[:, : N // 2] * 0.2, V[:, N // 2 : N] * 0.2, H
+    assert backward(apart(gradient(halves, 2, 3), *args)) == (3, ["dot_general"])
+
+
 NEAR: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "read elsewhere": (
         lambda xs, w, h: lax.scan(lambda c, x: ((c[0] + x.T @ c[1], jnp.tanh(0.2 * c[1] + x + 1e-3 * c[0][:B])), None), (w[:, :N], h), xs)[0],
         (XS, W, H),
+    ),
+    "one of two parts is read": (
+        lambda xs, a, b, h: lax.scan(lambda c, x: ((c[0] + (p := x.T @ c[2])[:, :4], c[1] * p[:, 4:], jnp.tanh(0.2 * c[2] + x)), None), (a, b, h), xs)[0],
+        (XS, W[:, :4], W[:, 4:8] * 1e-3, H),
     ),
     "handed out": (lambda xs, w, h: lax.scan(lambda c, x: (c + x.T @ x, c), w[:, :N], xs), (XS, W, H)),
     "subtracted from": ((lambda xs, w: lax.scan(lambda c, x: (x.T @ x - c, None), w[:, :N], xs)[0]), (XS, W)),
