@@ -50,13 +50,17 @@ def _matrix(shape: Sequence[int], batching: Sequence[int], rows: Sequence[int], 
     batch, m, n = [shape[d] for d in batching], math.prod(shape[d] for d in rows), math.prod(shape[d] for d in columns)
     inside = [d for d in (*rows, *columns) if shape[d] > 1]
     if device_kind() == "cuda" and math.prod(batch) > 1 and m > 1 and n > 1:
-        last = max(inside)
-        leading, trailing = (rows, columns) if last in columns else (columns, rows)
+        turned = max(inside) in rows
+        leading, trailing = (columns, rows) if turned else (rows, columns)
         if [d for d in (*leading, *trailing) if shape[d] > 1] != [d for d, size in enumerate(shape) if size > 1][-len(inside) :]:
-            dims, size = (*batching, *leading, *trailing), (*batch, m, n) if leading is rows else (*batch, n, m)
-            if leading is rows:
-                return lambda x: mx.contiguous(arranged(x, dims, size))
-            return lambda x: mx.swapaxes(mx.contiguous(arranged(x, dims, size)), -1, -2)
+            dims, width = (*batching, *leading, *trailing), m if turned else n
+            size = (*batch, n, m) if turned else (*batch, m, n)
+
+            def copied(x: mx.array) -> mx.array:
+                x = mx.reshape(arranged(x, dims, (-1, width)), size)  # rows that are not side by side make one dimension only in a copy
+                return mx.swapaxes(x, -1, -2) if turned else x
+
+            return copied
     return lambda x: arranged(x, (*batching, *rows, *columns), (*batch, m, n))
 
 

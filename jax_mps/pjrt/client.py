@@ -48,6 +48,7 @@ class Client:
         atexit.register(self.store.save_counts)
         self.writer = Writer()
         self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
+        self._without_files: set[str] = set()  # the keys of programs that were not exported
         self._aliases: OrderedDict[str, tuple[Program, str, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -208,6 +209,8 @@ class Client:
         if ordinals:
             unbound.manifest = unbound.to_manifest()
         self._programs[canonical.digest] = unbound
+        if files.functions:
+            self._without_files.add(canonical.digest)
         if not self.uncached:
             self.writer.submit(lambda: self.store.note_miss(canonical, unbound.name))
         if self.is_stored(unbound, canonical):
@@ -215,9 +218,13 @@ class Client:
         return unbound.bind({ordinal: marker for marker, ordinal in ordinals.items()})
 
     def is_stored(self, program: Program, canonical: Key) -> bool:
-        """Whether the disk cache takes a program: not if it calls a target of `jax.ffi` that its key does not name, or with arrays."""
+        """Whether the disk cache takes a program: not if it calls a target of `jax.ffi` that its key does not name, or with arrays, or was not exported."""
         named = json.loads(dict(canonical.parts).get("ffi", "[]"))
-        return not self.uncached and all(c.is_python or (c.target in named and is_json(c.config)) for c in program.callbacks)
+        return (
+            not self.uncached
+            and canonical.digest not in self._without_files
+            and all(c.is_python or (c.target in named and is_json(c.config)) for c in program.callbacks)
+        )
 
     def write(self, canonical: Key, program: Program, files: ExportedFiles) -> None:
         """Store a program; runs on the writer's thread."""

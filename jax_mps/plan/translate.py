@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jaxlib.mlir import ir
@@ -129,9 +130,8 @@ class _Assembler:
     def device(self, draft: Draft) -> segments.Device:
         traceable = export.traceable(draft.steps, draft.reads, draft.writes, self.lowerer)
         name = self.name("mlxfn")
-        if files_work():
-            self.files.paths[name] = export.export(traceable, self.files.folder)
-            count("exports")
+        if path := self.exported(traceable):
+            self.files.paths[name] = path
         else:
             self.files.functions[name] = export.interpreted(traceable)
         for constant in traceable.constants:
@@ -141,6 +141,21 @@ class _Assembler:
         dtypes = tuple(v.dtype for v in draft.reads)
         cost = loops.cost(draft.steps, _PRODUCT_RATES.get(runtime.device_kind(), 1))
         return segments.Device(name, constants, dtypes, ops, cost, _peak(draft), self.files, _kernels(draft.steps))
+
+    def exported(self, traceable: export.Traceable) -> Path | None:
+        """The function's file; None where files are of no use, or MLX cannot write one, which is a lowering's fault: the program runs all the same."""
+        if not files_work():
+            return None
+        try:
+            path = export.export(traceable, self.files.folder)
+        except ValueError as error:
+            if "serialize" not in str(error):
+                raise
+            log.warning("a program is not kept on disk, and builds its graph at each call: %s. Please report this.", error)
+            count("exports_refused")
+            return None
+        count("exports")
+        return path
 
     def host(self, draft: Draft) -> segments.Host:
         count("host_segments")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
@@ -49,3 +50,29 @@ def test_steps_apart() -> None:
     with runtime.locked():
         for plain, apart in zip(function(mx.array(X)), function(mx.array(X), apart=True), strict=True):
             np.testing.assert_array_equal(np.array(plain), np.array(apart))
+
+
+def test_what_mlx_cannot_export_runs_all_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A lowering's fault costs the user time, and the entry on disk, but not the program."""
+
+    def refuse(*given: object) -> Path:
+        raise ValueError("[export_function] Unable to serialize primitive Contiguous")
+
+    monkeypatch.setattr(export, "export", refuse)
+    before = stats()["exports_refused"]
+    f = jax.jit(lambda x: jnp.sin(x) @ x - 0.625)
+    device = jax.devices("mps")[0]
+    for _ in range(2):
+        got = f(jax.device_put(X, device))
+        np.testing.assert_allclose(got, np.sin(X) @ X - 0.625, rtol=1e-5, atol=1e-6)
+    assert stats()["exports_refused"] == before + 1
+    assert "not kept on disk" in caplog.text
+
+
+def test_other_failures_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> Path:
+        raise ValueError("something else")
+
+    monkeypatch.setattr(export, "export", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        jax.jit(lambda x: jnp.cos(x) @ x - 0.375)(jax.device_put(X, jax.devices("mps")[0]))
