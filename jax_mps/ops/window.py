@@ -145,10 +145,11 @@ _SHORT = 16
 
 
 def cumulative(name: str, x: mx.array, axis: int, *, reverse: bool) -> mx.array:
-    """An inclusive scan along an axis, in the array's dtype; half types are rounded once (see also `_SHORT`)."""
+    """An inclusive scan along an axis, in the array's dtype; half types are rounded once (see also `_SHORT`). Of their NaN, MLX's scans for
+    the extreme make 0 on CPU (0.32.4)."""
     if x.dtype == mx.bool_:
         return _SCANS[_BOOLEAN.get(name, name)](x.astype(mx.uint8), axis=axis, reverse=reverse).astype(mx.bool_)
-    in_order = not reverse and x.shape[axis] <= _SHORT
+    in_order = not reverse and x.shape[axis] <= _SHORT and name in ("add", "multiply")
     wide = x.astype(mx.float32) if x.dtype in _HALVES and not in_order else x
     if name == "add" and wide.dtype in (mx.float32, mx.complex64) and device_kind() == "cpu":
         return _running_sum(wide, axis, reverse).astype(x.dtype)

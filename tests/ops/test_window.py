@@ -141,10 +141,13 @@ CUMULATIVE += [
         lambda x: (jnp.cumsum(x, 1), lax.reduce_window(x, False, lax.bitwise_or, (1, 7), (1, 1), [(0, 0), (6, 0)])),
         (R.random((4, 7)) > 0.8,),
     ),
-    Case(
-        "cum_nan",
-        lambda x: (lax.cummax(x, 0), lax.cummin(x, 0, reverse=True), lax.cumsum(x, 0)),
-        (np.array([1, 2, np.nan, 5, -np.inf, np.inf], np.float32),),
+    *(
+        Case(
+            f"cum_nan_{dtype}",
+            lambda x: (lax.cummax(x, 0), lax.cummin(x, 0), lax.cummin(x, 0, reverse=True), lax.cumsum(x, 0)),
+            (np.array([1, 2, np.nan, 5, -np.inf, np.inf], dtype),),
+        )
+        for dtype in ("float32", "float16", "bfloat16")
     ),
     Case(
         "cum_edges",
