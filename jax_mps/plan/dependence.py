@@ -14,7 +14,7 @@ from jax_mps.plan.trips import Row
 from jax_mps.plan.types import Region, Step, Value
 
 # Bytes of all that is computed for all iterations of a loop, or kept of all; where it would be more, each iteration does its own.
-MOST_BYTES = 64 << 20
+MOST_BYTES = 128 << 20
 
 
 def is_costly(step: Step) -> bool:
