@@ -34,7 +34,8 @@ class Target:
     """What can run where: `refusal` says why a step cannot run on the device (None if it can), `host_kind` how the host would run it
     ("xla", "callback", "ffi", None if it cannot); `forbid_host` makes the former an error; `lend_loops` lets loops go to the host that it runs
     far faster; `costs` weigh a boundary between the two.
-    `define` is told of the steps of a block before it is asked about them; `chunk_steps` is how many a chunk of iterations has at most."""
+    `define` is told of the steps of a block before it is asked about them; `chunk_steps` is how many a chunk of iterations has at most;
+    `joined_rows`: a kernel may make any number of small rows that are put together after it."""
 
     refusal: Callable[[Step], str | None]
     host_kind: Callable[[Step], str | None]
@@ -43,6 +44,7 @@ class Target:
     lend_loops: bool = False
     costs: Costs = COSTS["cpu"]
     chunk_steps: int = loops.CHUNK_BUDGET
+    joined_rows: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -348,7 +350,7 @@ class _Cutter:
         reads = carried + tuple(v for v, _ in scan.sources) + captures
         draft = Draft("scan", [], reads=reads, writes=step.results, carry=len(scan.kept), scan=scan)
         draft.ahead, draft.behind = (step.attributes.get(name, 0) for name in ("ahead", "after"))
-        length = scan.chunk_length(self.target.chunk_steps)
+        length = scan.chunk_length(self.target.chunk_steps, joined=self.target.joined_rows)
         if length > 1:
             chunk = self.inner().block(scan.repeated(length), captures)
             if chunk.device_only:

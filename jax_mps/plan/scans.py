@@ -39,9 +39,11 @@ class Scan:
         """Whether the body reads it."""
         return self.body.arguments[-1] in _read(self.body)
 
-    def chunk_length(self, budget: int) -> int:
-        """How many iterations one function of so many steps runs: a divisor of the trip count where that is not much less than what fits."""
-        most = min(budget // max(1, size(self.body)), MAX_ROWS // max(1, len(self.stacks)), self.trips)
+    def chunk_length(self, budget: int, *, joined: bool = False) -> int:
+        """How many iterations one function of so many steps runs: a divisor of the trip count where that is not much less than what fits. joined: the
+        small rows, which such a function puts together, do not count."""
+        rows = [v for v in self.body.results[len(self.kept) :] if not joined or v.type.nbytes >= SMALL_ROW]
+        most = min(budget // max(1, size(self.body)), MAX_ROWS // max(1, len(rows)), self.trips)
         divisor = next((n for n in range(max(1, most), 0, -1) if self.trips % n == 0), 1)
         return divisor if 2 * divisor > most else max(1, most)
 

@@ -79,7 +79,7 @@ def target(lowerer: Lowerer) -> Target:
     kind = runtime.device_kind()
     steps = loops.CHUNK_BUDGET if kind == "cpu" else _CHUNK_ON_GPU
     host = settings().host
-    return Target(lowerer.refusal, host_kind, lowerer.define, host == "error", host == "allow", COSTS[kind], steps)
+    return Target(lowerer.refusal, host_kind, lowerer.define, host == "error", host == "allow", COSTS[kind], steps, joined_rows=kind != "metal")
 
 
 def claims(step: Step) -> bool:

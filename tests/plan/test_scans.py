@@ -93,6 +93,16 @@ def test_large_rows_are_returned_one_by_one() -> None:
     assert [v.shape for v in wide.repeated(3).results] == [(1, 1 << 14)] * 3
 
 
+def test_small_rows_count_where_a_kernel_makes_few() -> None:
+    """Those of 64 KiB are returned one by one anywhere."""
+    scan = scan_of(DOWN)
+    assert scan is not None
+    many = replace(scan, trips=90, stacks=scan.stacks * 8, body=replace(scan.body, results=scan.body.results * 8))
+    assert (many.chunk_length(1000), many.chunk_length(1000, joined=True)) == (2, 15)
+    large = Value(TensorType((1, 1 << 14), "float32"))
+    assert replace(many, body=replace(many.body, results=(large,) * 8)).chunk_length(1000, joined=True) == 2
+
+
 @pytest.mark.parametrize(("row", "span"), [(Row(0, 2, 1), (5, 7)), (Row(1, 9, -1), (5, 7))])
 def test_ranges(row: Row, span: tuple[int, int]) -> None:
     assert row.range(3, 2) == span
