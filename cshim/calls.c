@@ -72,7 +72,7 @@ static void* look(CallFrame* frame) {
   if (extension && extension->type == EXTENSION_METADATA) {
     ApiVersion* version = &((MetadataExtension*)extension)->metadata->api_version;
     version->major_version = 0;
-    version->minor_version = 1;
+    version->minor_version = frame->api ? frame->api->api_version.minor_version : 1; /* all so far agree in what is read here */
     return NULL;
   }
   int64_t seen = *(const int64_t*)frame->arguments.values[0]->data;
