@@ -82,7 +82,8 @@ def spawn(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_thousand_corruptions(tmp_path: Path) -> None:
     """Each is refused or means something. Where the process ends, it is jaxlib's reader that ends it (about 1 in 300): alone, it dies of the
-    same bytes, or refuses them, so that nothing of ours ever saw them and the heap that broke is the reader's work."""
+    same bytes, or refuses them, so that nothing of ours ever saw them and the heap that broke is the reader's work. The damage may also show only
+    later, while another is read: that one is then read again, by a process that has read nothing before."""
     total, log, outcomes = 1000, tmp_path / "at", Counter[str]()
     first = 0
     while first < total:
@@ -93,11 +94,11 @@ def test_a_thousand_corruptions(tmp_path: Path) -> None:
         number = int(log.read_text())
         alone = spawn("alone", str(number))
         blamed = alone.returncode < 0 or "refused:" in alone.stdout
-        assert blamed, f"corruption {number} ends our process, and jaxlib alone takes it: {ran.stderr[-500:]}"
-        outcomes["jaxlib"] += 1
-        first = number + 1
+        assert blamed or number > first, f"corruption {number} ends our process, and jaxlib alone takes it: {ran.stderr[-500:]}"
+        outcomes["jaxlib" if blamed else "later"] += 1
+        first = number + blamed
     assert not [o for o in outcomes if o.startswith("unexpected")], outcomes
-    assert outcomes["jaxlib"] <= 10
+    assert outcomes["jaxlib"] + outcomes["later"] <= 10
 
 
 # ---- serialized executables ----------------------------------------------------------------------------------------------------
