@@ -22,8 +22,8 @@ _FEWEST, _MOST_COLUMNS = 1 << 18, 1 << 13  # elements; columns, of which MLX has
 
 # sizes = (rows, columns, parts of the rows, threads side by side). A thread has as many neighbouring columns as 16 bytes hold, if that divides them.
 _SOURCE = """
-constexpr int RUN = WIDTH, DEEP = 4, SUMS = COUNT;
-__shared__ float sums[SUMS * RUN * 256];
+constexpr int RUN = WIDTH, DEEP = ROWS, SUMS = COUNT, BLOCK = SIZE;
+__shared__ float sums[SUMS * RUN * BLOCK];
 uint32_t rows = sizes[0], columns = sizes[1], parts = sizes[2], lanes = sizes[3];
 uint32_t lane = threadIdx.x % lanes, team = threadIdx.x / lanes, teams = blockDim.x / lanes;
 uint32_t tiles = (columns + lanes * RUN - 1) / (lanes * RUN), part = blockIdx.x / tiles;
@@ -55,15 +55,15 @@ if (first < columns) {
     }
   }
 }
-for (int i = 0; i < SUMS * RUN; i++) sums[i * 256 + threadIdx.x] = sum[i];
+for (int i = 0; i < SUMS * RUN; i++) sums[i * BLOCK + threadIdx.x] = sum[i];
 __syncthreads();
 for (uint32_t half = teams / 2; half > 0; half /= 2) {
   if (team < half)
-    for (int i = 0; i < SUMS * RUN; i++) sums[i * 256 + threadIdx.x] += sums[i * 256 + threadIdx.x + half * lanes];
+    for (int i = 0; i < SUMS * RUN; i++) sums[i * BLOCK + threadIdx.x] += sums[i * BLOCK + threadIdx.x + half * lanes];
   __syncthreads();
 }
 if (team == 0 && first < columns)
-  for (int i = 0; i < SUMS * RUN; i++) total[((size_t)(i / RUN) * columns + first + i % RUN) * parts + part] = sums[i * 256 + threadIdx.x];
+  for (int i = 0; i < SUMS * RUN; i++) total[((size_t)(i / RUN) * columns + first + i % RUN) * parts + part] = sums[i * BLOCK + threadIdx.x];
 """
 
 
@@ -86,6 +86,8 @@ def source(dtype: str, width: int, kind: str) -> str:
         "LESS": " - middle[i]" if kind == "cc" else "",
         "ADDED": " ".join(f"sum[{n} * RUN + i] += {'a' if k == 'x' else 'a * b'};" for n, k in enumerate(kinds)),
         "WIDTH": str(width),
+        "ROWS": str(_DEEP),
+        "SIZE": str(_THREADS),
         "COUNT": str(len(kinds)),
     }
     text = f"typedef {_TYPES[dtype]} T;\n" + _SOURCE

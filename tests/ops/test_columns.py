@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from ops.harness import Case, assert_same, lowered, reference, results_of
+from ops.kernels import library, needs_compiler
 from rewrites.proof import fused
 
 from jax_mps.ops import columns
@@ -39,7 +36,6 @@ static thread_local Index blockIdx, threadIdx;
 static std::barrier<>* together;
 static void __syncthreads() {{ together->arrive_and_wait(); }}
 namespace {{
-{types}
 void body(const uint32_t* sizes, const {name}* x, const {name}* y, const float* less, float* total) {{
 {body}
 }}
@@ -64,12 +60,7 @@ extern "C" void run(uint32_t blocks, const uint32_t* sizes, const {name}* x, con
 @functools.cache
 def compiled(dtype: str, width: int, kind: str):
     """As `columns._kernel`."""
-    folder = Path(tempfile.mkdtemp())
-    path = folder / "kernel.cpp"
-    path.write_text(CPP.format(name=columns._TYPES[dtype], types="", body=columns.source(dtype, width, kind)))
-    subprocess.run(["g++", "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path], check=True)
-    run = ctypes.CDLL(str(path.with_suffix(".so"))).run
-    shutil.rmtree(folder)
+    run = library(CPP.format(name=columns._TYPES[dtype], body=columns.source(dtype, width, kind)), "-O1", "-pthread").run
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         assert threadgroup == (256, 1, 1)
@@ -88,8 +79,7 @@ def compiled(dtype: str, width: int, kind: str):
 @pytest.fixture
 def cuda(monkeypatch):
     """The plan and its lowering for CUDA, of arrays of any size; the kernels that were used."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+    needs_compiler()
     used = []
     for module in (columns, sums_of_columns):
         monkeypatch.setattr(module, "device_kind", lambda: "cuda")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from ops.kernels import library, needs_compiler
 
 from jax_mps.ops import decoding
 
@@ -59,19 +57,17 @@ R = np.random.default_rng(0)
 HIDDEN = {"bool": "bool", "float32": "float", None: "float"}
 
 
-def run_kernel(folder: Path, q, k, v, mask, *, scale: float, causal: bool, mean: bool, threads: int) -> np.ndarray:
+def run_kernel(q, k, v, mask, *, scale: float, causal: bool, mean: bool, threads: int) -> np.ndarray:
     kind = None if mask is None else str(mask.dtype)
     body = decoding.source("float32", q.shape[-1], v.shape[-1], kind)
-    path = folder / "kernel.cpp"
-    path.write_text(CPP.format(body=body, mask=HIDDEN[kind]))
-    subprocess.run(["g++", "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path], check=True)
+    run = library(CPP.format(body=body, mask=HIDDEN[kind]), "-O1", "-pthread").run
     numbers = np.array([scale, causal, mean], np.float32)
     out = np.full((*q.shape[:-1], v.shape[-1]), np.nan, np.float32)
     arrays = [numbers, q, k, v, q if mask is None else np.broadcast_to(mask, (*q.shape[:-1], k.shape[2])), out]
     shapes = [np.array(x.shape, np.int32) for x in (q, k)]
     strides = [np.array(x.strides, np.int64) // x.itemsize for x in (q, k, v, arrays[4])]
     given = [ctypes.c_void_p(x.ctypes.data) for x in (*arrays, *shapes, *strides)]
-    ctypes.CDLL(str(path.with_suffix(".so"))).run(int(np.prod(q.shape[:-1])), threads, *given)
+    run(int(np.prod(q.shape[:-1])), threads, *given)
     return out
 
 
@@ -94,20 +90,20 @@ BIAS = R.normal(size=(1, 4, 1, 37)).astype(np.float32)
 BIAS[0, 2, 0, :30] = -np.inf
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("widths", "mask", "causal", "mean", "order", "threads"), [
     ((64, 64), None, False, False, "bhtd", 64), ((8, 24), None, True, False, "bhtd", 32), ((6, 5), MASK, False, False, "bhtd", 32),
     ((64, 64), MASK, False, True, "bthd", 64), ((40, 8), BIAS, False, False, "bthd", 64), ((8, 8), MASK[:1, :, :1], True, False, "btdh", 32),
 ])  # fmt: skip
-def test_the_kernel(widths, mask, causal, mean, order, threads, tmp_path) -> None:
+def test_the_kernel(widths, mask, causal, mean, order, threads) -> None:
     """Against the steps in float64; whole runs of a row and single elements, groups that share keys, queries that see nothing."""
+    needs_compiler()
     width, values = widths
     permutation = ["bhtd".index(axis) for axis in order]
     inverse = np.argsort(permutation)
     q = R.normal(size=(2, 4, 3, width)).astype(np.float32)
     k, v = (np.ascontiguousarray(R.normal(size=(2, 2, 37, n)).astype(np.float32).transpose(permutation)).transpose(inverse) for n in (width, values))
     how = {"scale": 0.3, "causal": causal, "mean": mean}
-    got = run_kernel(tmp_path, q, k, v, mask, **how, threads=threads)
+    got = run_kernel(q, k, v, mask, **how, threads=threads)
     np.testing.assert_allclose(got, by_the_steps(q, k, v, mask, **how), rtol=2e-5, atol=1e-6)
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import jax.numpy as jnp
 import mlx.core as mx
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 from ops.harness import Case, assert_same, lowered, reference, results_of
+from ops.kernels import library, needs_compiler
 
 from jax_mps.ops import lookup
 
@@ -39,13 +36,8 @@ extern "C" void run(uint32_t blocks, uint32_t threads, const uint32_t* sizes, co
 @functools.cache
 def compiled(word: str, index: str):
     """As `lookup._kernel`."""
-    folder = Path(tempfile.mkdtemp())
-    path = folder / "kernel.cpp"
     names = {"word": lookup._NAMES[word], "index": lookup._INDICES[index], "body": lookup.source(word, index)}
-    path.write_text(CPP.format(**names))
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path], check=True)
-    run = ctypes.CDLL(str(path.with_suffix(".so"))).run
-    shutil.rmtree(folder)
+    run = library(CPP.format(**names)).run
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         sizes, table, index = (np.array(x) for x in inputs)
@@ -59,8 +51,7 @@ def compiled(word: str, index: str):
 @pytest.fixture
 def cuda(monkeypatch):
     """The lowering for CUDA; how often it was the kernel's."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+    needs_compiler()
     used = []
     monkeypatch.setattr(lookup, "device_kind", lambda: "cuda")
     monkeypatch.setattr(lookup, "_kernel", lambda *key: used.append(key) or compiled(*key))
