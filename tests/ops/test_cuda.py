@@ -1,0 +1,70 @@
+"""Every row of the op tables in the form for CUDA can be exported: an op that MLX cannot write to a file costs a program its entry on disk, and time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import mlx.core as mx
+import pytest
+
+from jax_mps.errors import Unsupported
+from jax_mps.ops import columns, decoding, load_all, lookup, threefry
+
+from .harness import Case, lowered
+from .test_metal import PROGRAMS, TABLES, rows
+
+
+def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
+    """In the place of a kernel of ours, which only CUDA can make: results of its shapes that depend on what it reads."""
+
+    def kernel(*, inputs: list[mx.array], output_shapes: list[Any], output_dtypes: list[mx.Dtype], **how: Any) -> list[mx.array]:
+        first = mx.max(inputs[-1])
+        return [mx.broadcast_to(first.astype(dtype), shape) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+    return kernel
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_all()  # what is imported later would keep the patched name
+    for name, module in list(sys.modules.items()):
+        if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
+            monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    for module in (columns, decoding, lookup, threefry):
+        monkeypatch.setattr(module, "_kernel", no_kernel)
+
+
+def export(case: Case, wide: bool, path: Path) -> str:
+    """Why MLX cannot; nothing where it can, or the host would run it."""
+    with jax.enable_x64(wide):
+        try:
+            _, function, arguments = lowered(case, rewritten=True)
+            mx.export_function(str(path), function, *arguments)
+        except Unsupported:
+            return ""
+        except ValueError as error:
+            return f"{case}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("module", TABLES, ids=lambda m: m.__name__.rpartition("test_")[2])
+def test_the_tables(module: ModuleType, on_cuda: None, tmp_path: Path) -> None:
+    cases = list(rows(module))
+    assert cases
+    assert [why for case, wide in cases if (why := export(case, wide, tmp_path / "f.mlxfn"))] == []
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_programs(case: Case, on_cuda: None, tmp_path: Path) -> None:
+    """Parts of models, as they are rewritten."""
+    assert export(case, False, tmp_path / "f.mlxfn") == ""
+
+
+def test_what_cannot_be_exported_is_seen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="serialize"):
+        mx.export_function(str(tmp_path / "f.mlxfn"), mx.contiguous, mx.zeros((2, 3)).T)
