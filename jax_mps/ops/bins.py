@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
 
 import mlx.core as mx
 
+from jax_mps.ops.cuda_kernel import cuda_kernel
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.target import device_kind
 
@@ -44,8 +44,7 @@ def fits(dtype: str, index: str, numbers: int, bins: int) -> bool:
 @functools.cache
 def _kernel(dtype: str) -> Callable[..., list[mx.array]]:
     source = _SOURCE.replace("TYPE", _TYPES[dtype])
-    kernel: Any = mx.fast.cuda_kernel(f"jax_bins_{dtype}", ["sizes", "index", "update"], ["total"], source)
-    return cast(Callable[..., list[mx.array]], kernel)
+    return cuda_kernel(f"jax_bins_{dtype}", ["sizes", "index", "update"], ["total"], source)
 
 
 def sums(index: mx.array, update: mx.array, bins: int, dtype: str, *, wrapped: bool) -> mx.array:

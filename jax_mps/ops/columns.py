@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import mlx.core as mx
 
+from jax_mps.ops.cuda_kernel import cuda_kernel
 from jax_mps.ops.target import device_kind
 
 _TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -103,8 +103,7 @@ def _is_of_two(kind: str) -> bool:
 @functools.cache
 def _kernel(dtype: str, width: int, kind: str) -> Callable[..., list[mx.array]]:
     inputs = ["sizes", "x", *(["y"] if _is_of_two(kind) else []), *(["less"] if "c" in kind else [])]
-    kernel: Any = mx.fast.cuda_kernel(f"jax_columns_{dtype}_{width}_{kind.replace(',', '_')}", inputs, ["total"], source(dtype, width, kind))
-    return cast(Callable[..., list[mx.array]], kernel)
+    return cuda_kernel(f"jax_columns_{dtype}_{width}_{kind.replace(',', '_')}", inputs, ["total"], source(dtype, width, kind))
 
 
 def sums(kind: str, *arrays: mx.array) -> list[mx.array]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import mlx.core as mx
 
+from jax_mps.ops.cuda_kernel import cuda_kernel
 from jax_mps.ops.target import device_kind
 
 _MOST_POSITIONS, _MOST_QUERIES = 8, 64  # that share a key: a block for each of them reads all keys
@@ -148,8 +148,7 @@ def source(dtype: str, width: int, values: int, mask: str | None) -> str:
 def _kernel(dtype: str, width: int, values: int, mask: str | None) -> Callable[..., list[mx.array]]:
     inputs = ["numbers", "q", "k", "v", *(["mask"] if mask else [])]
     name = f"jax_decoding_{dtype}_{width}_{values}_{mask}"
-    kernel: Any = mx.fast.cuda_kernel(name, inputs, ["out"], source(dtype, width, values, mask), ensure_row_contiguous=False)
-    return cast(Callable[..., list[mx.array]], kernel)
+    return cuda_kernel(name, inputs, ["out"], source(dtype, width, values, mask), contiguous=False)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, *, scale: float, causal: bool, fill: float) -> mx.array:

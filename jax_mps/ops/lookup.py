@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
 
 import mlx.core as mx
 
+from jax_mps.ops.cuda_kernel import cuda_kernel
 from jax_mps.ops.target import device_kind
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # what elements are copied as, but for the commonest
@@ -49,8 +49,7 @@ def source(word: str, index: str) -> str:
 
 @functools.cache
 def _kernel(word: str, index: str) -> Callable[..., list[mx.array]]:
-    kernel: Any = mx.fast.cuda_kernel(f"jax_lookup_{word}_{index}", ["sizes", "table", "index"], ["out"], source(word, index))
-    return cast(Callable[..., list[mx.array]], kernel)
+    return cuda_kernel(f"jax_lookup_{word}_{index}", ["sizes", "table", "index"], ["out"], source(word, index))
 
 
 def rows_at(table: mx.array, index: mx.array, window: int = 1, *, wrapped: bool = False) -> mx.array:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from jax_mps.ops.cuda_kernel import cuda_kernel
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.random import three_fry_2x32
 from jax_mps.ops.registry import Run, lowers
@@ -114,8 +115,8 @@ def source(form: str, device: str) -> str:
 @functools.cache
 def _kernel(form: str, device: str) -> Callable[..., list[mx.array]]:
     inputs = ["sizes", "key0", "key1", *(["high", "low"] if form == "pair" else [])]
-    make = mx.fast.cuda_kernel if device == "cuda" else mx.fast.metal_kernel
-    kernel: Any = make(f"jax_threefry_{form}", inputs, _OUTPUTS[form], source(form, device))
+    make: Any = cuda_kernel if device == "cuda" else mx.fast.metal_kernel
+    kernel = make(f"jax_threefry_{form}", inputs, _OUTPUTS[form], source(form, device))
     return cast(Callable[..., list[mx.array]], kernel)
 
 
