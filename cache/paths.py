@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 FORMAT = 1  # of the folder, the entries and the aliases; a change of any of them is a new number and a new sub-folder
+KERNELS = "kernels-"  # how the names of folders of CUDA kernels begin, one for each version of MLX and architecture
 TAG = "JAX_MPS_CACHE.TAG"
 CACHEDIR_TAG = "CACHEDIR.TAG"
 _CACHEDIR_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Made by jax-mps; see https://bford.info/cachedir/\n"

@@ -226,15 +226,16 @@ class Store:
         return problems
 
     def clear(self) -> int:
-        """Remove everything stored, by one rename, so that other processes see all or nothing; bytes that were used.
+        """Remove everything stored, by one rename, so that other processes see all or nothing, and CUDA kernels; bytes that were used.
 
         Raises Refused if the folder is not ours, OSError if it cannot be changed.
         """
         self.require_ours()
         freed = sum(u.blocks for u in self.usage().values()) * eviction.BLOCK
+        freed += sum(path.lstat().st_size for path in self.root.glob(f"{paths.KERNELS}*/**/*"))
         self._readable = self._writable = False
         for name in os.listdir(self.root):
-            if name.isdigit():
+            if name.isdigit() or name.startswith(paths.KERNELS):
                 os.rename(self.root / name, self.root / f"{_TRASH}{_unique()}")
         self._empty_trash()
         return freed

@@ -80,7 +80,7 @@ def _kernel_folder(architecture: str) -> str:
     """Where MLX keeps the CUDA kernels that it compiles: private, since it runs what it finds; its files do not name the architecture."""
     folder = None if paths.turned_off() else paths.cache_folder()
     if folder is not None and paths.prepare(folder) is None:
-        kernels = folder / f"kernels-{MLX_VERSION}-{architecture.replace('/', '-')}"
+        kernels = folder / f"{paths.KERNELS}{MLX_VERSION}-{architecture.replace('/', '-')}"
         try:
             kernels.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:

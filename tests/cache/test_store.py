@@ -194,6 +194,16 @@ def test_clear_empties_and_the_store_goes_on(store: Store, folder: Path) -> None
     assert programs.get(store, 1) is not None
 
 
+def test_clear_removes_kernels(store: Store, folder: Path) -> None:
+    """MLX's own, which may lie deeper, and ours; of every version."""
+    programs.put(store, 1)
+    for path in ("kernels-0.32.4-sm_90/a.ptx", "kernels-0.31.0-sm_80/deep/er/b.ptx"):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_bytes(bytes(5000))
+    assert store.clear() >= 10000
+    assert sorted(path.name for path in folder.iterdir()) == ["CACHEDIR.TAG", "JAX_MPS_CACHE.TAG"]
+
+
 def test_an_interrupted_clear_is_finished_later(store: Store, folder: Path) -> None:
     """What it had taken away is found by nobody, and removed by the next clear or collect."""
     for finish in (store.collect, store.clear):
