@@ -95,6 +95,7 @@ def keep(name: str, header: str, source: str, parameters: str) -> None:
         if path.with_suffix(".ptx").exists():
             return
         binary = compiled(own_text(name, header, source, parameters), device().architecture)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = f"mlx::core::cu::{name}\t{name}\n".encode()
         for suffix, content in ((".txt", names), (".ptx", binary)):  # MLX takes both to be there where it finds the second
             write_atomic(str(path.with_suffix(suffix)), [content], temporary=f"{path}{suffix}.{os.getpid()}.tmp")

@@ -138,11 +138,18 @@ def test_mlx_compiles_what_we_cannot(request, folder, monkeypatch, wrong):
         monkeypatch.delenv("MLX_PTX_CACHE_DIR")
     else:
         monkeypatch.setattr(cuda_kernel, "compiled", lambda text, architecture: b"\x7fELF")
-        monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder.path / "absent"))
+        monkeypatch.setenv("MLX_PTX_CACHE_DIR", "/proc/nowhere")
     kernel = cuda_kernel.cuda_kernel("k", ["x"], ["out"], source)
     (out,) = kernel(inputs=[mx.zeros(4)], output_shapes=[(4,)], output_dtypes=[mx.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
     assert out.shape == (4,) and len(folder.asked) == 1
     assert not list(folder.path.glob("*"))
+
+
+def test_a_folder_of_the_user_s_is_made(nvrtc, folder, monkeypatch):
+    """As MLX makes it."""
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder.path / "a" / "b"))
+    cuda_kernel.keep("custom_kernel_k", "", "out[0] = 1;", "    float* out")
+    assert len(list((folder.path / "a" / "b").glob("custom_kernel_k_*.ptx"))) == 1
 
 
 def test_messages_of_nvrtc(nvrtc):
