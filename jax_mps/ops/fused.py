@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from jax_mps.ops import columns, decoding
+from jax_mps.ops import columns, decoding, norm_rows
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.elementwise import exp
 from jax_mps.ops.reduce import sum_of
@@ -134,20 +134,32 @@ def norm(op: Step) -> Run:
 
 @lowers("jax_mps.norm_gradient")
 def norm_gradient(op: Step) -> Run:
-    """Operands: the rows, the cotangent, the scale if there is one, what is added to the gradient of the rows. Results: that, and the gradient of
-    the scale if it is read."""
+    """Operands: the rows, the cotangent, the scale if there is one, what is added to the gradient of the rows. Results: that, and sums over all rows, by
+    their names in `sums`: of the terms of the scale's gradient, of the cotangent, and of the first result."""
     size, layer = op.operand.shape[-1], op.norm == "layer_norm"
+    dtype, count = MX[op.result.dtype], op.operand.size // size
+    ours = norm_rows.fits((op.operand.dtype, op.operands[1].dtype, op.result.dtype), count, size)
     pull = _pull_on_cpu if device_kind() == "cpu" else _pull
+
+    def in_rows(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array]) -> list[mx.array]:
+        more = mx.broadcast_to(sum(added[1:], start=added[0]), x.shape).astype(dtype) if added else None
+        x, g = (mx.reshape(v, (count, size)) for v in (x, g))
+        return norm_rows.gradient(x, g, scale, more if more is None else mx.reshape(more, x.shape), op.eps, dtype, centred=layer, sums=op.sums)
+
+    def in_steps(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array]) -> list[mx.array]:
+        cotangent = g
+        if scale is not None and "scale" not in op.sums:
+            g, scale = g * scale, None
+        rows, *of_scale = pull(x, mx.reshape(g, x.shape), scale, op.eps, layer=layer)
+        rows = sum(added, start=rows.astype(dtype))
+        summed = {"cotangent": cotangent, "rows": rows}
+        return [rows, *(of_scale[0] if name == "scale" else sum_of(mx.reshape(summed[name], (count, size)), (0,)) for name in op.sums)]
 
     def run(x: mx.array, g: mx.array, *rest: mx.array) -> list[mx.array]:
         scale = mx.reshape(rest[0], (size,)) if op.scaled else None
-        if scale is not None and len(op.results) == 1:
-            g, scale = g * scale, None
-        gradients = pull(x, mx.reshape(g, x.shape), scale, op.eps, layer=layer)
-        gradients = [v.astype(MX[r.dtype]) for v, r in zip(gradients, op.results, strict=True)]
-        added = rest[op.scaled : op.scaled + op.added]
-        rows = sum((mx.reshape(v, x.shape if v.size == x.size else (size,)) for v in added), start=gradients[0])
-        return [rows, *(mx.reshape(v, r.shape) for v, r in zip(gradients[1:], op.results[1:], strict=True))]
+        added = [mx.reshape(v, x.shape if v.size == x.size else (size,)) for v in rest[op.scaled : op.scaled + op.added]]
+        found = (in_rows if ours else in_steps)(x, g, scale, added)
+        return [mx.reshape(v, r.shape).astype(MX[r.dtype]) for v, r in zip(found, op.results, strict=True)]
 
     return run
 

@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from jax_mps.ops import norm_rows
 from jax_mps.ops.bodies import folds
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Region, Step, Value
 from jax_mps.rewrites import polynomials
 from jax_mps.rewrites.match import fuse, origin, splat
@@ -140,16 +142,18 @@ def _affine(polynomial: Polynomial, rows: _Rows) -> dict[str, Value] | None:
 
 def norm_gradients(steps: Sequence[Step], scope: Scope) -> list[Step]:
     """One step for each norm whose rows' gradient is computed here: operands rows, cotangent, scale if any, what is added; results the gradient of
-    the rows, and that of the scale if it is computed too."""
+    the rows, that of the scale if it is computed too, and on CUDA the sums over rows of the cotangent and of the first result, as biases' gradients are."""
     place = {v: i for i, step in enumerate(steps) for v in step.results}
     sums = {(s.operands[0], tuple(sorted(s.dimensions))): s for s in steps if s.name == "stablehlo.reduce"}
+    over_rows = _sums_over_rows(steps, scope) if device_kind() == "cuda" else {}
     found: list[Step] = []
     for step, rows in _readings(steps, scope):
         gradient = None
         if step.name == "stablehlo.add" and step.result.shape == rows.x.shape:
-            gradient = _gradient(step, rows, scope, place) if rows.is_last else _channel_gradient(step, rows, scope, place, sums)
+            gradient = _gradient(step, rows, scope, place, over_rows) if rows.is_last else _channel_gradient(step, rows, scope, place, sums)
         if gradient is not None:
             found.append(gradient)
+            over_rows = {v: s for v, s in over_rows.items() if s.results[0] not in gradient.results}
             del rows.known[step.results[0]]  # to others it is any array
     return found
 
@@ -402,22 +406,43 @@ _READERS = {
 # ---- the gradient --------------------------------------------------------------------------------------------------------------------
 
 
-def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int]) -> Step | None:
-    """The step that computes `step`'s result, if that is the gradient of the rows; and the gradient of the scale, if all is there by then."""
+def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int], over_rows: Mapping[Value, Step]) -> Step | None:
+    """The step that computes `step`'s result, if that is the gradient of the rows; and the sums that go with it, if all is there by then."""
     matched = _matched(rows.known[step.results[0]], rows)
     g, scale = _factors(matched[0], rows, scope) if matched and not matched[1] else (None, None)
     if matched is None or g is None:
         return None
     operands = [rows.x, g, *([] if scale is None else [scale]), *matched[2]]
-    given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[2])}
+    given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[2]), "sums": ()}
     whole = fuse("jax_mps.norm_gradient", step, operands, scope, given, shared=True)
-    summed = rows.scales.get(g) if scale is not None else None
-    other = summed and fuse("jax_mps.norm_gradient", summed, [rows.x, g], scope, shared=True)
-    if whole is None or not summed or not other or any(place.get(v, -1) > place[summed.results[0]] for v in (*whole.operands, *other.operands)):
+    if whole is None:
+        return None
+    if scale is not None and g in rows.scales:
+        whole = _with_sum(whole, "scale", rows.scales[g], (rows.x, g), scope, place)
+    if norm_rows.fits((rows.x.dtype, g.dtype, step.result.dtype), rows.x.type.size // rows.size, rows.size):
+        for name, value in (("cotangent", g), ("rows", step.results[0])):
+            whole = _with_sum(whole, name, over_rows[value], (value,), scope, place) if value in over_rows else whole
+    return whole
+
+
+def _with_sum(whole: Step, name: str, summed: Step, operands: Sequence[Value], scope: Scope, place: Mapping[Value, int]) -> Step:
+    """The gradient with a sum over all rows as one more result; without, where what it reads is not there by the first of its results."""
+    other = fuse(whole.name, summed, operands, scope, shared=True)
+    if other is None:
         return whole
-    read, results = (*whole.operands, *(v for v in other.operands if v not in whole.operands)), (*step.results, *summed.results)
+    read = tuple(dict.fromkeys((*whole.operands, *(v for v in other.operands if v not in whole.results))))
+    results = (*whole.results, *summed.results)
+    first = min(place[v] for v in results)
+    if any(place.get(v, -1) >= first for v in read):
+        return whole
     original = Region(read, tuple(dict.fromkeys((*whole.original.steps, *other.original.steps))), results)
-    return replace(whole, operands=read, results=results, attributes={**given, "original": original})
+    return replace(whole, operands=read, results=results, attributes={**whole.attributes, "sums": (*whole.sums, name), "original": original})
+
+
+def _sums_over_rows(steps: Sequence[Step], scope: Scope) -> dict[Value, Step]:
+    """Sums along all dimensions but the last, by what they sum up."""
+    sums = [s for s in steps if s.name == "stablehlo.reduce" and len(s.results) == 1 and list(s.dimensions) == list(range(s.operand.rank - 1))]
+    return {_wide_origin(s.operands[0], scope): s for s in sums if s.operand.rank > 1 and s.operand.is_floating and _is_sum(s, scope)}
 
 
 def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Value | None]:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, load_all, lookup, threefry
+from jax_mps.ops import columns, decoding, load_all, lookup, norm_rows, threefry
 
 from .harness import Case, lowered
 from .test_metal import PROGRAMS, TABLES, rows
@@ -35,8 +35,9 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
             monkeypatch.setattr(module, "device_kind", lambda: "cuda")
-    for module in (columns, decoding, lookup, threefry):
+    for module in (columns, decoding, lookup, norm_rows, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
+    monkeypatch.setattr(norm_rows, "_FEWEST", 0)
 
 
 def export(case: Case, wide: bool, path: Path) -> str:
