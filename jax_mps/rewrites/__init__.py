@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import attention, bias, columns, constants, indices, norms, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
+from jax_mps.rewrites.join import joined
 from jax_mps.rewrites.recompute import recomputed
 from jax_mps.rewrites.table import Rewrite, Sweep, Table
 
@@ -65,4 +66,4 @@ def rewrite(plan: Plan) -> Plan:
     plan = drop_empty(plan)
     for rows in TABLES:
         plan = table.apply(plan, rows)
-    return recomputed(plan)
+    return joined(recomputed(plan))

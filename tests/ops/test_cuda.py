@@ -10,13 +10,17 @@ from typing import Any
 
 import jax
 import mlx.core as mx
+import numpy as np
 import pytest
+from jax import lax
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, load_all, lookup, norm_rows, threefry
+from jax_mps.ops import columns, decoding, joined, load_all, lookup, norm_rows, threefry
 
 from .harness import Case, lowered
 from .test_metal import PROGRAMS, TABLES, rows
+
+UPDATES = Case("updates", lambda xs: [lax.cumsum(x) * np.float32(0.1) + 1 for x in xs], ([np.ones(n, np.float32) for n in (3, 5, 7, 9)],))
 
 
 def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
@@ -35,7 +39,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
             monkeypatch.setattr(module, "device_kind", lambda: "cuda")
-    for module in (columns, decoding, lookup, norm_rows, threefry):
+    for module in (columns, decoding, joined, lookup, norm_rows, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
     monkeypatch.setattr(norm_rows, "_FEWEST", 0)
 
@@ -60,7 +64,7 @@ def test_the_tables(module: ModuleType, on_cuda: None, tmp_path: Path) -> None:
     assert [why for case, wide in cases if (why := export(case, wide, tmp_path / "f.mlxfn"))] == []
 
 
-@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+@pytest.mark.parametrize("case", [*PROGRAMS, UPDATES], ids=str)
 def test_programs(case: Case, on_cuda: None, tmp_path: Path) -> None:
     """Parts of models, as they are rewritten."""
     assert export(case, False, tmp_path / "f.mlxfn") == ""

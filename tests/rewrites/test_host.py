@@ -11,7 +11,7 @@ from ops.harness import Case, assert_same, plan_of, reference
 from jax_mps.plan.loops import inline
 from jax_mps.plan.text import module_text
 from jax_mps.plan.types import Step, Value
-from jax_mps.rewrites import bias, recompute, rewrite
+from jax_mps.rewrites import bias, join, recompute, rewrite
 
 X = np.linspace(-3, 3, 24, dtype=np.float32).reshape(4, 6)
 KEY = np.array([1, 2], np.uint32)
@@ -98,3 +98,20 @@ def test_what_only_a_gpu_has_prints(monkeypatch) -> None:
     assert {"stablehlo.optimization_barrier", "jax_mps.biased_product"} <= {s.name for s in plan.steps}
     text = module_text(plan.arguments, plan.steps, plan.results)
     assert_same(reference(Case("text", text, case.args)), reference(case), Case("close", case.f, case.args, rtol=1e-5, atol=1e-6))
+
+
+def test_joined_updates_print(monkeypatch) -> None:
+    """In a loop's body, too, with numbers from outside of it."""
+    monkeypatch.setattr(join, "device_kind", lambda: "cuda")
+
+    def f(xs, rate):
+        def step(_, xs):
+            return [x - rate * jnp.cumsum(x) * 0.1 for x in xs]
+
+        return [x * rate + 1 for x in jax.lax.fori_loop(0, 3, step, xs)]
+
+    case = Case("host", f, ([np.arange(n, dtype=np.float32) for n in (2, 3, 4, 5)], np.float32(0.3)))
+    plan = rewrite(plan_of(case))
+    assert sum(s.name == "jax_mps.joined" for s in plan.body.walk()) == 2
+    text = module_text(plan.arguments, plan.steps, plan.results)
+    assert_same(reference(Case("text", text, jax.tree.leaves(case.args))), reference(case), case)
