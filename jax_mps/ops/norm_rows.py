@@ -26,6 +26,8 @@ _FEWEST, _MOST_COLUMNS = 1 << 18, 1 << 13  # elements; of which a row has at mos
 _SOURCE = """
 constexpr int RUN = WIDTH, RUNS = COUNT, HELD = RUN * RUNS, TEAM = SIDE, BLOCK = THREADS, TEAMS = BLOCK / TEAM, WARPS = TEAM > 32 ? TEAM / 32 : 1;
 constexpr bool CENTRED = LAYER;
+const bool adds = sizes[2];
+const float epsilon = eps[0];
 __shared__ float parts[2][3][BLOCK / 32];
 uint32_t rows = sizes[0], columns = sizes[1], lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM, warp = threadIdx.x / 32;
 bool runs = RUN > 1 && (size_t)x % 16 == 0 && (size_t)g % 16 == 0 && (size_t)y % 16 == 0 && (size_t)added % 16 == 0ALIGNED;
@@ -85,7 +87,7 @@ for (uint32_t first = blockIdx.x * TEAMS; first < rows; first += gridDim.x * TEA
   for (int n = 0; n < RUNS; n++) {
     uint32_t at = (n * TEAM + lane) * RUN;
     bool here = row < rows && at < columns;
-    if (here && sizes[2]) load(added + start + at, more + n * RUN);
+    if (here && adds) load(added + start + at, more + n * RUN);
     for (int k = n * RUN; k < (n + 1) * RUN; k++) {
       if (CENTRED && here) c[k] -= mean[0];
       means[0] += SCALED;
@@ -94,7 +96,7 @@ for (uint32_t first = blockIdx.x * TEAMS; first < rows; first += gridDim.x * TEA
     }
   }
   add_up(means, parts[1]);
-  float r = 1 / sqrtf(means[2] / columns + eps[0]), level = CENTRED ? means[0] / columns : 0.0f, slope = means[1] / columns * r;
+  float r = 1 / sqrtf(means[2] / columns + epsilon), level = CENTRED ? means[0] / columns : 0.0f, slope = means[1] / columns * r;
 #pragma unroll
   for (int n = 0; n < RUNS; n++) {
     uint32_t at = (n * TEAM + lane) * RUN;
@@ -102,7 +104,7 @@ for (uint32_t first = blockIdx.x * TEAMS; first < rows; first += gridDim.x * TEA
     alignas(16) Y ys[RUN];
     for (int i = 0; i < RUN; i++) {
       int k = n * RUN + i;
-      float normalised = c[k] * r, result = r * (SCALED - level - normalised * slope) + (here && sizes[2] ? (float)more[k] : 0.0f);
+      float normalised = c[k] * r, result = r * (SCALED - level - normalised * slope) + (adds && here ? (float)more[k] : 0.0f);
       ys[i] = (Y)result;
       TERMS
     }
