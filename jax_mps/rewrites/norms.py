@@ -430,7 +430,7 @@ def _with_sum(whole: Step, name: str, summed: Step, operands: Sequence[Value], s
     other = fuse(whole.name, summed, operands, scope, shared=True)
     if other is None:
         return whole
-    read = tuple(dict.fromkeys((*whole.operands, *(v for v in other.operands if v not in whole.results))))
+    read = (*whole.operands, *(v for v in other.operands if v not in whole.operands and v not in whole.results))
     results = (*whole.results, *summed.results)
     first = min(place[v] for v in results)
     if any(place.get(v, -1) >= first for v in read):

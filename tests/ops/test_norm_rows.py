@@ -301,6 +301,11 @@ def test_blocks_that_follow_each_other(cuda) -> None:
     assert run(f, X, G, S, B, rtol=1e-4, atol=1e-4) == [ALL, ("scale",)]  # each sum once
 
 
+def test_cotangent_that_is_added(cuda) -> None:
+    """As of a norm beside what it reads."""
+    assert run(lambda *args: jax.vjp(lambda x, s, b: x + gpt(x, s, b), *args[1:])[1](args[0]), G, X, S, B, **CLOSE) == [ALL[:2]]
+
+
 def test_where_the_kernel_is_not_used(monkeypatch) -> None:
     """The same sums beside MLX's gradient, and beside its formula."""
     monkeypatch.setattr(norm_rewrites, "device_kind", lambda: "cuda")
