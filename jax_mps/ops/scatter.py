@@ -231,6 +231,14 @@ def _is_one_a_line(op: Step, windows: Windows) -> bool:
     return windows.batch[axis] == 1 and windows.batching == {d: d for d in range(rank) if d != axis}
 
 
+def line_of(op: Step) -> int | None:
+    """The dimension along which each line gets one number added, if every other one goes along with the same one of the indices."""
+    if len(op.results) != 1 or op.results[0].type != op.operand or body_of(op.regions[0], 0) != "stablehlo.add":
+        return None
+    windows = _windows(op)
+    return windows.line if _is_one_a_line(op, windows) else None
+
+
 def _one_a_line(op: Step, windows: Windows) -> Run:
     """Into zeros: a comparison of positions, which the ops after it are fused with, where a scatter writes and they read all of it."""
     axis, shape = windows.line, op.operand.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import attention, bias, columns, constants, indices, norms, softmax, special, table, threefry, transposes
+from jax_mps.rewrites import attention, bias, columns, constants, indices, norms, row_kernels, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.join import joined
 from jax_mps.rewrites.recompute import recomputed
@@ -28,6 +28,8 @@ TABLES: tuple[Table, ...] = (
         Rewrite("threefry of positions", threefry.counted, frozenset(["jax_mps.threefry2x32"]), "any time before the next"),
     ),
     (
+        Rewrite("gather of all", indices.gather_all, _at("gather"), "any time"),
+        Rewrite("scatter to all", indices.scatter_all, _at("scatter"), "any time"),
         Rewrite("gather from the end", indices.gather, _at("gather"), "any time", _at("select")),
         Rewrite("scatter from the end", indices.scatter, _at("scatter"), "any time", _at("select")),
         Rewrite("indices in bounds", indices.in_bounds, _at("reduce"), "any time", _at("gather")),
@@ -58,6 +60,7 @@ TABLES: tuple[Table, ...] = (
         Sweep("product and bias", bias.biased_products, bias.ROOTS, "once products have their last form"),
         Sweep("sums over rows", columns.column_sums, columns.ROOTS, "once norms have read the sums that they are made of"),
     ),
+    (Sweep("kernels for rows", row_kernels.row_kernels_of, row_kernels.ROOTS, "last: grows around softmaxes, and what others have left"),),
 )
 
 

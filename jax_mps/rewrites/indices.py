@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mps.ops.bodies import folds
+from jax_mps.ops.indexing import evaluated
 from jax_mps.plan.types import Step, Value
 from jax_mps.rewrites.match import fuse, splat
 from jax_mps.rewrites.table import Scope
@@ -20,6 +21,24 @@ def gather(step: Step, scope: Scope) -> Step | None:
 
 def scatter(step: Step, scope: Scope) -> Step | None:
     return _wrapped(step, len(step.results), step.scatter_dims_to_operand_dims, scope)
+
+
+def gather_all(step: Step, scope: Scope) -> Step | None:
+    """A gather of one window that is the whole operand, as `x[..., 0]` of a dimension of size 1: a reshape."""
+    whole = tuple(step.slice_sizes) == step.operand.shape and step.operands[1].type.rank == 1 and step.index_vector_dim == 0
+    return Step("stablehlo.reshape", step.operands[:1], step.results, location=step.location, text=()) if whole else None
+
+
+def scatter_all(step: Step, scope: Scope) -> Step | None:
+    """The gradient of that: zeros, to all of which something is added at once."""
+    if len(step.results) != 1 or step.result != step.operand or len(step.update_window_dims) != step.operands[2].type.rank:
+        return None
+    if step.operands[2].type.size != step.operand.size or folds(step.regions[0]) != ("add",) or splat(step.operands[0], scope) != 0:
+        return None
+    start = evaluated(step.operands[1], scope.producers.get, step.operand.rank)
+    if start is None or start.any():
+        return None
+    return Step("stablehlo.reshape", step.operands[2:], step.results, location=step.location, text=())
 
 
 def in_bounds(step: Step, scope: Scope) -> Step | None:

@@ -15,7 +15,8 @@ import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, joined, load_all, lookup, norm_rows, threefry
+from jax_mps.ops import columns, decoding, joined, load_all, lookup, norm_rows, row_kernels, threefry
+from jax_mps.rewrites import row_kernels as islands
 
 from .harness import Case, lowered
 from .test_metal import PROGRAMS, TABLES, rows
@@ -39,9 +40,11 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
             monkeypatch.setattr(module, "device_kind", lambda: "cuda")
-    for module in (columns, decoding, joined, lookup, norm_rows, threefry):
+    for module in (columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
     monkeypatch.setattr(norm_rows, "_FEWEST", 0)
+    for least in ("_FEWEST", "_FEWEST_ROWS", "_FEWEST_COLUMNS"):
+        monkeypatch.setattr(islands, least, 1)
 
 
 def export(case: Case, wide: bool, path: Path) -> str:

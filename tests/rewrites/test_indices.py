@@ -76,6 +76,20 @@ def test_fires_or_not(case, count, names, device) -> None:
     check(case)
 
 
+@pytest.mark.parametrize(("f", "args", "left"), [
+    (lambda x: x[..., 0], (X[..., None],), 0),
+    (lambda x, g: jax.vjp(lambda x: x[..., 0], x)[1](g), (X[..., None], X), 0),
+    (lambda x, g: x.at[..., 0].add(g), (X[..., None], X), 1),  # not into zeros
+    (lambda x, i: x[..., i], (WIDE, I[1]), 1),
+])  # fmt: skip
+def test_of_all(f, args, left, device) -> None:
+    """A dimension of size 1 that an index takes away, and the gradient of that: reshapes."""
+    case = Case("all", f, args)
+    check(case)
+    names = ("gather", "scatter", "dynamic_slice", "dynamic_update_slice")
+    assert sum(step.name.removeprefix("stablehlo.") in names for step in rewrite(plan_of(case)).steps) == left
+
+
 GATHER = """func.func @main(%x: tensor<6x7xf32>, %i: tensor<4xi32>) -> tensor<4x7xf32> {{
   %zero = stablehlo.constant dense<{zero}> : tensor<4xi32>
   %size = stablehlo.constant dense<{size}> : tensor<4xi32>

@@ -1,0 +1,437 @@
+"""Reductions along rows with the elementwise steps before, between and after them, in one step; on CUDA.
+
+There one kernel of our own reads the operands and writes the results (ops/row_kernels.py), where MLX has one for each reduction and one for the steps
+between two of them. An island of such steps grows from a reduction, or from what other rewrites made of several (softmax and its relatives): steps whose
+results only the island reads, and steps that leave nothing else to read what the island holds.
+
+Cheap steps that are made of positions and constants alone (a causal mask) are computed in place, by as many islands as read them; so are broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jax_mps.errors import Unsupported
+from jax_mps.ops import cuda_text, row_kernels
+from jax_mps.ops.registry import is_elementwise
+from jax_mps.ops.scatter import line_of
+from jax_mps.ops.target import device_kind
+from jax_mps.plan.types import Region, Step, TensorType, Value, numpy_dtype
+from jax_mps.rewrites.match import splat
+from jax_mps.rewrites.table import Scope
+
+_FEWEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 18, 128, 32  # elements; rows, one or more for each processor; columns
+_MOST_ROWS = 1 << 26
+_MOST_STEPS, _MOST_ARRAYS = 48, 8  # of one kernel: enough for what JAX writes, and few registers
+_MOST_FREE = 12  # steps from positions to a mask
+_FREE = 16  # what is so many times smaller may be read by any number of kernels
+
+_VIEWS = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.reshape"])
+_SOURCES = frozenset(["stablehlo.iota", "stablehlo.constant"])
+_CHEAP = frozenset(
+    f"stablehlo.{name}" for name in ("add", "and", "compare", "convert", "maximum", "minimum", "multiply", "negate", "not", "or", "select", "subtract", "xor")
+)
+
+
+# ---- what other rewrites made one step of, as steps again -----------------------------------------------------------------------------
+
+
+class _Writer:
+    """Steps, in order, each printable as StableHLO."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def step(self, name: str, *operands: Value, kind: TensorType, result: Value | None = None, regions: tuple[Region, ...] = (), **lists: Any) -> Value:
+        """lists: attributes that are lists of numbers."""
+        text = tuple((k, f"array<i64: {', '.join(map(str, v))}>" if v else "array<i64>") for k, v in lists.items())
+        return self.put(Step(f"stablehlo.{name}", operands, (result or Value(kind),), lists, regions, text=text))
+
+    def put(self, step: Step) -> Value:
+        self.steps.append(step)
+        return step.results[0]
+
+    def compare(self, direction: str, a: Value, b: Value) -> Value:
+        given = {"comparison_direction": direction, "compare_type": "SIGNED"}
+        text = (("comparison_direction", f"#stablehlo<comparison_direction {direction}>"), ("compare_type", "#stablehlo<comparison_type SIGNED>"))
+        return self.put(Step("stablehlo.compare", (a, b), (Value(TensorType(a.shape, "bool")),), given, text=text))
+
+    def positions(self, kind: TensorType) -> Value:
+        """Along the rows."""
+        last = kind.rank - 1
+        return self.put(Step("stablehlo.iota", (), (Value(kind),), {"iota_dimension": last}, text=(("iota_dimension", f"{last} : i64"),)))
+
+    def number(self, value: float, kind: TensorType) -> Value:
+        number = np.array(value, numpy_dtype(kind.dtype))
+        scalar = self.put(Step("stablehlo.constant", (), (Value(TensorType((), kind.dtype)),), {"value": number}, text=()))
+        return scalar if not kind.shape else self.step("broadcast_in_dim", scalar, kind=kind, broadcast_dimensions=())
+
+    def to(self, x: Value, dtype: str, result: Value | None = None) -> Value:
+        return x if x.dtype == dtype and result is None else self.step("convert", x, kind=TensorType(x.shape, dtype), result=result)
+
+    def fold(self, name: str, x: Value) -> Value:
+        """Along the rows, half types with their own number in the end."""
+        kind, scalar = TensorType(x.shape[:-1], x.dtype), TensorType((), x.dtype)
+        start = self.number(row_kernels.FOLDS[name][1], scalar)
+        a, b, c = Value(scalar), Value(scalar), Value(scalar)
+        body = Region((a, b), (Step(f"stablehlo.{name}", (a, b), (c,), text=()),), (c,))
+        return self.step("reduce", x, start, kind=kind, regions=(body,), dimensions=(x.type.rank - 1,))
+
+    def spread(self, row: Value, like: Value) -> Value:
+        return self.step("broadcast_in_dim", row, kind=like.type, broadcast_dimensions=tuple(range(like.type.rank - 1)))
+
+    def exponentials(self, x: Value, m: Value) -> tuple[Value, Value, Value]:
+        """x - m, exp(x - m), and the sum of that."""
+        shifted = self.step("subtract", x, self.spread(m, x), kind=x.type)
+        e = self.step("exponential", shifted, kind=x.type)
+        return shifted, e, self.fold("add", e)
+
+    def softmax(self, x: Value, result: Value | None = None) -> Value:
+        wide = self.to(x, "float32")
+        _, e, total = self.exponentials(wide, self.fold("maximum", wide))
+        same = x.dtype == "float32"
+        y = self.step("divide", e, self.spread(total, e), kind=e.type, result=result if same else None)
+        return y if same else self.to(y, x.dtype, result)
+
+
+Parts = Callable[[_Writer, Step, Value | None], None]  # writes what a step stands for; the value: the softmax of its rows, if that is known
+
+
+def _softmax(w: _Writer, step: Step, known: Value | None) -> None:
+    w.softmax(step.operands[0], step.results[0])
+
+
+def _log_softmax(w: _Writer, step: Step, known: Value | None) -> None:
+    x = w.to(step.operands[0], "float32")
+    shifted, _, total = w.exponentials(x, w.fold("maximum", x))
+    log = w.step("log", total, kind=total.type)
+    y = w.step("subtract", shifted, w.spread(log, shifted), kind=x.type)
+    w.to(y, step.result.dtype, step.results[0])
+
+
+def _log_sum_exp(w: _Writer, step: Step, known: Value | None) -> None:
+    shifted = w.to(step.operands[0], "float32")
+    total = w.fold("add", w.step("exponential", shifted, kind=shifted.type))
+    _row(w, w.step("log", total, kind=total.type), step.results[0])
+
+
+def _logsumexp(w: _Writer, step: Step, known: Value | None) -> None:
+    x = w.to(step.operands[0], "float32")
+    top = w.fold("maximum", x)
+    finite = w.step("is_finite", top, kind=TensorType(top.shape, "bool"))
+    m = w.step("select", finite, top, w.number(0.0, top.type), kind=top.type)
+    _, _, total = w.exponentials(x, m)
+    _row(w, w.step("add", w.step("log", total, kind=total.type), m, kind=m.type), step.results[0])
+
+
+def _row(w: _Writer, row: Value, result: Value) -> None:
+    w.step("reshape", w.to(row, result.dtype), kind=result.type, result=result)
+
+
+def _softmax_gradient(w: _Writer, step: Step, known: Value | None) -> None:
+    x, g = step.operands[:2]
+    s = known or w.softmax(x)
+    total = w.fold("add", w.step("multiply", g, s, kind=s.type))
+    w.step("multiply", s, w.step("subtract", g, w.spread(total, s), kind=s.type), kind=s.type, result=step.results[0])
+
+
+def _softmax_times(w: _Writer, step: Step, known: Value | None) -> None:
+    x, q = step.operands[:2]
+    s = known or w.softmax(x)
+    row = w.to(w.step("reshape", q, kind=TensorType(x.shape[:-1], q.dtype)), x.dtype)
+    w.step("multiply", s, w.spread(row, s), kind=s.type, result=step.results[0])
+
+
+def _one_a_row(w: _Writer, step: Step, known: Value | None) -> None:
+    """Into zeros, one number a row at a place that each row has."""
+    shape, (_, indices, updates) = step.operand.shape, step.operands
+    place = w.step("reshape", indices, kind=TensorType(shape[:-1], indices.dtype))
+    if step.attributes.get("wrapped"):  # negative ones count from the end
+        above = w.step("add", place, w.number(shape[-1], place.type), kind=place.type)
+        place = w.step("select", w.compare("LT", place, w.number(0, place.type)), above, place, kind=place.type)
+    positions = w.positions(TensorType(shape, place.dtype))
+    row = w.step("reshape", updates, kind=TensorType(shape[:-1], updates.dtype))
+    here = w.compare("EQ", positions, w.spread(place, positions))
+    w.step("select", here, w.spread(row, step.results[0]), w.number(0.0, step.result), kind=step.result, result=step.results[0])
+
+
+_PARTS: Mapping[str, Parts] = {
+    "jax_mps.softmax": _softmax,
+    "jax_mps.log_softmax": _log_softmax,
+    "jax_mps.log_sum_exp": _log_sum_exp,
+    "jax_mps.logsumexp": _logsumexp,
+    "jax_mps.softmax_gradient": _softmax_gradient,
+    "jax_mps.softmax_times": _softmax_times,
+    "stablehlo.scatter": _one_a_row,
+}
+ROOTS = frozenset(["stablehlo.reduce", *_PARTS]) - {"stablehlo.scatter"}
+
+
+# ---- islands -------------------------------------------------------------------------------------------------------------------------
+
+
+def row_kernels_of(steps: Sequence[Step], scope: Scope) -> list[Step]:
+    """The steps that stand for islands of a region's steps."""
+    if device_kind() != "cuda":
+        return []
+    seeds = [(step, sizes) for step in steps if step.name in ROOTS and (sizes := _sizes(step, scope)) is not None]
+    if not seeds:
+        return []
+    finder = _Finder(steps, scope)
+    for step, sizes in reversed(seeds):  # gradients read the softmax, and leave what that is made of to it
+        finder.grow(step, *sizes)
+    return finder.groups
+
+
+def _sizes(step: Step, scope: Scope) -> tuple[int, int] | None:
+    """Rows and columns of what such a kernel may begin with, if they are enough for one."""
+    if step.name in _PARTS:
+        shape = step.operand.shape
+        sizes = (math.prod(shape[:-1]), shape[-1]) if step.operand.dtype in row_kernels.FLOATS and shape else None
+    else:
+        sizes = row_kernels.along_rows(step, splat(step.operands[1], scope)) if len(step.results) == 1 else None
+    if sizes is None or not _FEWEST_ROWS <= sizes[0] < _MOST_ROWS or sizes[1] < _FEWEST_COLUMNS or math.prod(sizes) < _FEWEST:
+        return None
+    return sizes
+
+
+def _has_text(step: Step) -> bool:
+    return step.name in _VIEWS or cuda_text.expression(step, ["a"] * len(step.operands)) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Island:
+    """Steps of the region, and what they read and give. outputs: what is read elsewhere. free: steps that are computed for others as well."""
+
+    inside: frozenset[Step]
+    operands: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    free: tuple[Step, ...]
+
+    def large(self, size: int) -> int:
+        return sum(v.type.size == size for v in self.outputs)
+
+
+class _Finder:
+    """Grows islands in one region."""
+
+    def __init__(self, steps: Sequence[Step], scope: Scope) -> None:
+        self.scope = scope
+        self.groups: list[Step] = []
+        self.taken: set[Step] = set()
+        self.fewer: Counter[Value] = Counter()  # reads that the groups have saved
+        self.place: dict[Value, int] = {}
+        self.readers: dict[Value, dict[Step, None]] = {}
+        self.softmaxes: dict[Value, Value] = {}
+        self.parts: dict[Step, tuple[Step, ...]] = {}
+        self.free: dict[Value, tuple[Step, ...] | None] = {}
+        for i, step in enumerate(steps):
+            self.place.update((v, i) for v in step.results)
+            for value in step.operands:
+                self.readers.setdefault(value, {})[step] = None
+            if step.name == "jax_mps.softmax":
+                self.softmaxes.setdefault(step.operands[0], step.results[0])
+
+    def grow(self, seed: Step, rows: int, columns: int) -> None:
+        """Add the island around a step, if there is one."""
+        if seed in self.taken:
+            return
+        first = self._closed({seed}, rows, columns)
+        island = first and self._grown(first, rows, columns)
+        while island is not None and (larger := self._with_sibling(island, rows, columns)):
+            island = larger
+        for candidate in (island, first):
+            group = candidate and self._group(candidate, rows, columns)
+            if candidate and group:
+                self._take(candidate, group)
+                return
+
+    def _take(self, island: _Island, group: Step) -> None:
+        """Let the group read in place of its steps."""
+        self.groups.append(group)
+        self.taken |= island.inside
+        for step in island.inside:
+            self.fewer.update(step.operands)
+            for value in step.operands:
+                self.readers[value].pop(step, None)
+        self.fewer.subtract(group.operands)
+        for value in group.operands:
+            self.readers.setdefault(value, {})[group] = None
+
+    # -- what may be inside
+
+    def _fits(self, step: Step, rows: int, columns: int) -> bool:
+        """Whether the kernel may compute a step."""
+        if step in self.taken or len(step.results) != 1 or step.result.size not in (rows * columns, rows):
+            return False
+        if step.name in ROOTS:
+            return _sizes(step, self.scope) == (rows, columns)
+        if step.name == "stablehlo.scatter":
+            is_row = step.operand.shape[-1:] == (columns,) and line_of(step) == step.operand.rank - 1
+            return is_row and step.operands[1].dtype == "int32" and step.result.dtype in row_kernels.FLOATS and splat(step.operands[0], self.scope) == 0.0
+        if step.name in _VIEWS:
+            return True
+        return is_elementwise(step.name) and _has_text(step)
+
+    def _parts(self, step: Step) -> tuple[Step, ...]:
+        """The steps that it stands for."""
+        if step.name not in _PARTS:
+            return (step,)
+        if step not in self.parts:
+            writer, known = _Writer(), self.softmaxes.get(step.operands[0])
+            is_before = known is not None and self.place[known] < self.place[step.results[0]]
+            _PARTS[step.name](writer, step, known if is_before else None)
+            self.parts[step] = tuple(writer.steps)
+        return self.parts[step]
+
+    def _free(self, value: Value) -> tuple[Step, ...] | None:
+        """The steps that compute a value of positions and constants alone, if they are few and cheap."""
+        if value not in self.free:
+            self.free[value] = None
+            step = self.scope.producers.get(value)
+            if step is not None and step.name in _SOURCES:
+                self.free[value] = (step,) if step.name == "stablehlo.iota" or splat(value, self.scope) is not None else None
+            elif step is not None and step.name in _VIEWS | _CHEAP and _has_text(step):
+                before = [self._free(v) for v in step.operands]
+                steps = dict.fromkeys(s for part in before if part is not None for s in part)
+                if None not in before and sum(s.name in _CHEAP for s in steps) < _MOST_FREE:
+                    self.free[value] = (*steps, step)
+        return self.free[value]
+
+    def _is_light(self, value: Value, size: int, depth: int = _MOST_FREE) -> bool:
+        """Whether a value is cheap to compute again, of what is small (labels: a one-hot)."""
+        step = self.scope.producers.get(value)
+        if value.type.size * _FREE <= size or self._free(value) is not None:
+            return True
+        if step is None or depth == 0 or step.name not in _VIEWS | _CHEAP or not _has_text(step):
+            return False
+        return all(self._is_light(v, size, depth // len(step.operands)) for v in step.operands)
+
+    # -- growing
+
+    def _closed(self, inside: set[Step], rows: int, columns: int) -> _Island | None:
+        """The island with all that only it reads; None if the kernel would be too large, or would read what is computed too late."""
+        waiting = list(inside)
+        made = {v for step in inside for v in step.results}
+        operands: dict[Value, None] = {}
+        free: dict[Step, None] = {}
+        while waiting:
+            parts = self._parts(waiting.pop())
+            made.update(v for part in parts for v in part.results)
+            for value in (v for part in parts for v in part.operands):
+                if value in made:
+                    continue
+                maker = self.scope.producers.get(value)
+                if (known := self._free(value)) is not None:
+                    free.update(dict.fromkeys(known))
+                    made.update(v for s in known for v in s.results)
+                elif maker is not None and value in self.place and self._is_read_within(value, inside) and self._fits(maker, rows, columns):
+                    inside.add(maker)
+                    made.update(maker.results)
+                    waiting.append(maker)
+                elif maker is not None and (maker.name in _VIEWS or (value.type.size == rows * columns and self._is_light(value, rows * columns))):
+                    free[maker] = None
+                    made.update(maker.results)
+                    waiting.append(maker)
+                else:
+                    operands[value] = None
+            if len(inside) > _MOST_STEPS or len(operands) > _MOST_ARRAYS:
+                return None
+        operands = {v: None for v in operands if v not in made}
+        outputs = tuple(v for step in inside for v in step.results if not self._is_read_within(v, inside))
+        first = min((self.place[v] for v in outputs), default=-1)
+        late = any(self.place.get(v, -1) >= first for v in operands)
+        return None if late or len(operands) + len(outputs) > _MOST_ARRAYS else _Island(frozenset(inside), tuple(operands), outputs, tuple(free))
+
+    def _is_read_within(self, value: Value, inside: Iterable[Step]) -> bool:
+        """Whether all reads of a value are by these steps."""
+        readers = self.readers.get(value, {})
+        return self.scope.reads(value) - self.fewer[value] == sum(step.operands.count(value) for step in readers if step in inside)
+
+    def _grown(self, island: _Island, rows: int, columns: int) -> _Island:
+        while (larger := self._with_readers(island, rows, columns)) is not None:
+            island = larger
+        return island
+
+    def _with_readers(self, island: _Island, rows: int, columns: int) -> _Island | None:
+        """The island with what reads one of its outputs: all that does, if it is of full size, which saves the output."""
+        for value in island.outputs:
+            more = self._readers(value, island.inside, rows, columns)
+            larger = self._closed({*island.inside, *more}, rows, columns) if more else None
+            if larger and self._pays(island, larger, rows * columns):
+                return larger
+        return None
+
+    def _pays(self, island: _Island, larger: _Island, size: int) -> bool:
+        """Whether no more arrays are written, or the first is, of what the reductions have read."""
+        if larger.large(size) <= island.large(size):
+            return True
+        held = {*island.operands, *(v for step in island.inside for part in self._parts(step) for v in part.results)}
+        new = [part for step in larger.inside - island.inside for part in self._parts(step)]
+        return larger.large(size) == 1 and any(v in held and v.type.size == size for part in new for v in part.operands)
+
+    def _with_sibling(self, island: _Island, rows: int, columns: int) -> _Island | None:
+        """The island with what else begins at one of its operands: it is read once for both (a cross entropy and its gradient)."""
+        for value in island.operands:
+            for step in self.readers.get(value, {}) if value.type.size == rows * columns else ():
+                if step.name in ROOTS and step not in island.inside and self._fits(step, rows, columns):
+                    both = self._closed({*island.inside, step}, rows, columns)
+                    larger = both and self._grown(both, rows, columns)
+                    if larger and larger.large(rows * columns) <= max(1, island.large(rows * columns)):
+                        return larger
+        return None
+
+    def _readers(self, value: Value, inside: frozenset[Step], rows: int, columns: int) -> set[Step]:
+        """The steps outside that read a value, and those that read a broadcast of it; none if something reads a value of full size that does not fit."""
+        found: set[Step] = set()
+        waiting = [value]
+        while waiting:
+            current = waiting.pop()
+            readers = [step for step in self.readers.get(current, {}) if step not in inside]
+            fit = [step for step in readers if self._fits(step, rows, columns)]
+            if current.type.size == rows * columns and (len(fit) < len(readers) or not self._is_read_within(current, {*inside, *readers})):
+                return set()
+            found.update(fit)
+            waiting += [step.results[0] for step in fit if step.name in _VIEWS]
+        return found
+
+    # -- the step
+
+    def _group(self, island: _Island, rows: int, columns: int) -> Step | None:
+        """The step for an island; None if it saves nothing, or its kernel cannot be written."""
+        ordered = sorted(island.inside, key=lambda s: self.place[s.results[0]])
+        pool = {part.results[0]: part for part in (*island.free, *(part for step in ordered for part in self._parts(step)))}
+        steps: dict[Step, None] = {}
+        for output in island.outputs:
+            _put(output, pool, steps)
+        outputs = tuple(sorted(island.outputs, key=lambda v: self.place[v]))
+        original = Region(island.operands, tuple(steps), outputs)
+        try:
+            if not row_kernels.reads_again(original, rows, columns):
+                return None
+        except Unsupported:
+            return None
+        last = ordered[-1]
+        given = {"rows": rows, "columns": columns, "original": original}
+        return Step("jax_mps.row_kernel", island.operands, outputs, given, location=last.location, text=())
+
+
+def _put(value: Value, pool: Mapping[Value, Step], steps: dict[Step, None]) -> None:
+    """Add the steps that lead to a value, in order."""
+    waiting = [(value, False)]
+    while waiting:
+        current, ready = waiting.pop()
+        step = pool.get(current)
+        if step is None or step in steps:
+            continue
+        if ready:
+            steps[step] = None
+            continue
+        waiting.append((current, True))
+        waiting += [(v, False) for v in step.operands]

@@ -1,0 +1,462 @@
+"""Kernels for rows: their own source, compiled for the CPU, in the place of kernels that only CUDA has."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of, to_numpy
+from ops.kernels import library, needs_compiler
+from rewrites.proof import fused
+
+from jax_mps.ops import row_kernels
+from jax_mps.ops.dtypes import mx_array
+from jax_mps.plan.text import module_text
+from jax_mps.rewrites import rewrite
+from jax_mps.rewrites import row_kernels as islands
+
+# A block's threads take turns, each until its next exchange with others.
+CPP = """
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+#include <ucontext.h>
+#define __shared__ static
+#define __device__
+struct __half {{
+  _Float16 v;
+  __half() = default;
+  explicit __half(float x) : v((_Float16)x) {{}}
+  operator float() const {{ return v; }}
+}};
+struct __nv_bfloat16 {{
+  uint16_t v;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float x) {{
+    uint32_t u = std::bit_cast<uint32_t>(x);
+    v = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  }}
+  operator float() const {{ return std::bit_cast<float>((uint32_t)v << 16); }}
+}};
+struct Index {{ uint32_t x; }};
+static Index blockDim, blockIdx, threadIdx;
+static ucontext_t turn, threads[1024];
+static float slots[1024];
+static void __syncthreads() {{
+  uint32_t self = threadIdx.x;
+  swapcontext(&threads[self], &turn);
+  threadIdx.x = self;
+}}
+static float __int_as_float(uint32_t x) {{ return std::bit_cast<float>(x); }}
+static float rsqrtf(float x) {{ return (float)(1 / std::sqrt((double)x)); }}
+static float __shfl_xor_sync(unsigned, float v, int o) {{
+  slots[threadIdx.x] = v;
+  __syncthreads();
+  float other = slots[threadIdx.x ^ o];
+  __syncthreads();
+  return other;
+}}
+{header}
+static void body({parameters}) {{
+{body}
+}}
+static void** given;
+static bool ended[1024];
+static void thread() {{
+  body({arguments});
+  uint32_t self = threadIdx.x;
+  ended[self] = true;
+  swapcontext(&threads[self], &turn);
+}}
+extern "C" void run(uint32_t blocks, uint32_t count, void** pointers) {{
+  blockDim.x = count;
+  given = pointers;
+  std::vector<char> stacks((size_t)count << 16);
+  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {{
+    for (uint32_t t = 0; t < count; t++) {{
+      getcontext(&threads[t]);
+      threads[t].uc_stack.ss_sp = &stacks[(size_t)t << 16];
+      threads[t].uc_stack.ss_size = 1 << 16;
+      makecontext(&threads[t], thread, 0);
+      ended[t] = false;
+    }}
+    for (bool any = true; any;) {{
+      any = false;
+      for (uint32_t t = 0; t < count; t++) {{
+        if (ended[t]) continue;
+        any = true;
+        threadIdx.x = t;
+        swapcontext(&turn, &threads[t]);
+      }}
+    }}
+  }}
+}}
+"""
+NAMES = {mx.bool_: "bool", mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t", mx.uint32: "uint32_t"}
+
+
+@functools.cache
+def compiled(source: str, inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype, ...], arguments: tuple[int, ...]):
+    """The library's function for arrays of these types."""
+    names = [("sizes", "const uint32_t"), *((f"in{i}", f"const {NAMES[t]}") for i, t in zip(arguments, inputs, strict=True))]
+    names += [(f"out{i}", NAMES[t]) for i, t in enumerate(outputs)]
+    parameters = ", ".join(f"{kind}* {name}" for name, kind in names)
+    given = ", ".join(f"({kind}*)given[{i}]" for i, (_, kind) in enumerate(names))
+    return library(CPP.format(header=row_kernels.HEADER, body=source, parameters=parameters, arguments=given), "-O1", "-w", "-ffp-contract=off").run
+
+
+def placed(x: np.ndarray, offset: int) -> np.ndarray:
+    """A copy so many elements after an address that 64 divides."""
+    room = np.zeros(x.nbytes + 128 + offset * x.itemsize, np.uint8)
+    start = -room.ctypes.data % 64 + offset * x.itemsize
+    copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+def kernel_on_cpu(source: str, arguments: tuple[int, ...], results: int, offset: int = 0):
+    """As `row_kernels._kernel`. offset: where arrays begin, in elements."""
+
+    def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
+        sizes, *arrays = (placed(to_numpy(x), offset) for x in inputs)
+        outs = [placed(to_numpy(mx.full(shape, 7, dtype)), offset) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        run = compiled(source, tuple(x.dtype for x in inputs[1:]), tuple(output_dtypes), arguments)
+        pointers = [a.ctypes.data for a in (sizes, *arrays, *outs)]
+        run(grid[0] // threadgroup[0], threadgroup[0], (ctypes.c_void_p * len(pointers))(*pointers))
+        return [mx_array(a, str(dtype).rsplit(".", 1)[-1]) for a, dtype in zip(outs, output_dtypes, strict=True)]
+
+    return kernel
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Islands and kernels as on CUDA, of arrays of any size; the kernels' texts."""
+    needs_compiler()
+    used = []
+    for module in (row_kernels, islands):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    for name in ("_FEWEST", "_FEWEST_ROWS"):
+        monkeypatch.setattr(islands, name, 1)
+    monkeypatch.setattr(row_kernels, "_kernel", lambda *key: used.append(key[0]) or kernel_on_cpu(*key))
+    return used
+
+
+R = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return R.normal(0.0, 1.0, shape).astype(getattr(ml_dtypes, dtype, dtype))
+
+
+def run(f, *args, names=("row_kernel",), rtol=2e-6, atol=1e-6):
+    """Checked against the steps as they were, and more loosely against JAX on the CPU; names: the rewritten steps."""
+    case = Case("rows", f, args, rtol=4 * rtol, atol=4 * atol)
+    plan, program, arguments = lowered(case, rewritten=True)
+    assert fused(plan) == list(names)
+    ours = results_of(plan, program(*arguments), case)
+    plain_plan, plain, _ = lowered(case)
+    assert_same(ours, results_of(plain_plan, plain(*arguments), case), Case("rows, unfused", f, args, rtol, atol))
+    assert_same(ours, reference(case), case)
+    return plan
+
+
+def vjp(f):
+    return lambda x, g: (lambda y, pull: (y, *pull(g)))(*jax.vjp(f, x))
+
+
+# ---- softmax and its relatives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [32, 33, 40, 130, 512, 514, 1000, 4096, 5001])
+def test_columns(columns, cuda) -> None:
+    """Rows of a warp, of several, and those that are read again."""
+    run(jax.nn.softmax, normal(5, columns))
+
+
+@pytest.mark.parametrize("columns", [64, 5000])
+@pytest.mark.parametrize("f", [
+    jax.nn.log_softmax,
+    lambda x: jax.nn.logsumexp(x, axis=-1),
+    lambda x: jax.nn.logsumexp(x, axis=-1, keepdims=True),
+    lambda x: jax.nn.logsumexp(x, axis=-1, where=x > 0),
+    lambda x: jax.nn.softmax(x, where=x > 0),
+    jax.vmap(jax.nn.softmax),
+    lambda x: jnp.argmax(x, -1) + jax.nn.softmax(x)[:, 0],
+    lambda x: jnp.exp(jax.nn.log_softmax(x)) * x,
+])  # fmt: skip
+def test_forms(f, columns, cuda) -> None:
+    run(f, 3 * normal(6, columns))
+
+
+@pytest.mark.parametrize("f", [jax.nn.softmax, jax.nn.log_softmax])
+def test_gradients(f, cuda) -> None:
+    run(vjp(f), normal(3, 4, 65), normal(3, 4, 65), names=["row_kernel"] * 2)
+    run(lambda x, g: vjp(f)(x, g)[1], normal(3, 4, 65), normal(3, 4, 65))
+
+
+def test_of_columns(cuda) -> None:
+    """vmap turns the rows around."""
+    run(jax.vmap(jax.nn.softmax, in_axes=1), normal(40, 33, 36))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
+@pytest.mark.parametrize("columns", [64, 65])
+def test_half_types(columns, dtype, tolerance, cuda) -> None:
+    """The steps round after each, the kernel once, as MLX's do."""
+    x, g = normal(6, columns, dtype=dtype), normal(6, columns, dtype=dtype)
+    for f in (jax.nn.softmax, jax.nn.log_softmax, lambda x: jax.nn.logsumexp(x.astype(np.float32), axis=-1)):
+        run(f, x, rtol=tolerance, atol=tolerance)
+    run(lambda x, g: vjp(jax.nn.softmax)(x, g)[1], x, g, rtol=tolerance, atol=tolerance)
+
+
+ODD = np.array([[-np.inf] * 4, [np.nan, 1, 2, 3], [np.inf, 1, 2, 3], [np.inf, np.inf, 0, 0], [-np.inf, 1, 2, -np.inf], [3e38, -3e38, 0, 1]], np.float32)
+ODD = np.concatenate([ODD, np.repeat(ODD[:, -1:], 70, 1)], 1)
+
+
+@pytest.mark.parametrize("f", [jax.nn.softmax, jax.nn.log_softmax, lambda x: jax.nn.logsumexp(x, axis=-1), vjp(jax.nn.softmax), vjp(jax.nn.log_softmax)])
+def test_infinities_and_nan(f, cuda) -> None:
+    args = (ODD, np.ones_like(ODD)) if f.__name__ == "<lambda>" and f.__code__.co_argcount == 2 else (ODD,)
+    case = Case("odd", f, args)
+    names = fused(lowered(case, rewritten=True)[0])
+    assert set(names) == {"row_kernel"}
+    run(f, *args, names=names)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------------------
+
+
+def attend(q, k, v):
+    """As benchmarks/rows/gpt.py."""
+    visible = jnp.tril(jnp.ones((q.shape[-2], k.shape[-2]), bool))
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1) @ v
+
+
+def masked(q, k, v, mask):
+    """As flax has it; the mask may lack dimensions, or have them with size 1."""
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min)) @ v
+
+
+def biased(q, k, v, bias):
+    return jax.nn.softmax(q @ k.swapaxes(-1, -2) + bias) @ v
+
+
+def heads() -> list[np.ndarray]:
+    return [normal(2, 3, 40, 8) for _ in range(3)]
+
+
+def gradient(f):
+    return jax.value_and_grad(lambda *a: jnp.square(f(*a)).sum(), (0, 1, 2))
+
+
+def reads_of(plan) -> list[list[str]]:
+    """What the kernels read."""
+    return [[str(v.type) for v in step.operands] for step in plan.steps if step.name == "jax_mps.row_kernel"]
+
+
+WHOLE = "tensor<2x3x40x40xf32>"
+
+
+def test_attention(cuda) -> None:
+    """The scale, the mask, the softmax; and the gradient of all three, from the softmax. The mask is not read."""
+    plan = run(gradient(attend), *heads(), names=["row_kernel"] * 2, rtol=2e-5, atol=2e-5)
+    assert reads_of(plan) == [[WHOLE], [WHOLE] * 2] and len(cuda) == 2
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (1, 1, 40, 40), (2, 1, 40, 40), (2, 1, 1, 40), (3, 1, 40), (2, 3, 40, 1), (40,), ()])
+def test_masks(shape, cuda) -> None:
+    """Read where they are, however they are spread; a row that sees nothing has equal weights."""
+    mask = R.random(shape) < 0.7
+    plan = run(gradient(masked), *heads(), mask, names=["row_kernel"] * 2, rtol=2e-5, atol=2e-5)
+    size = f"tensor<{''.join(f'{n}x' for n in shape)}i1>"
+    assert [[t for t in reads if t != WHOLE] for reads in reads_of(plan)] == [[size]] * 2
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (3, 40, 40), (2, 1, 1, 40)])
+def test_biases(shape, cuda) -> None:
+    run(gradient(biased), *heads(), normal(*shape), names=["row_kernel"] * 2, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_that_see_nothing(cuda) -> None:
+    """NaN, as the steps give it."""
+    x, mask = normal(4, 64), np.arange(64) < np.array([0, 5, 64, 1])[:, None]
+    run(lambda x, m: jax.nn.softmax(jnp.where(m, x, -jnp.inf)), x, mask)
+    run(lambda x, m: jax.nn.softmax(x, where=m), x, mask)
+
+
+# ---- cross entropy ---------------------------------------------------------------------------------------------------------------------
+
+LABELS = R.integers(-3, 60, (6, 4)).astype(np.int32)
+
+
+def integer_labels(x, labels):
+    return (jax.nn.logsumexp(x, axis=-1) - jnp.take_along_axis(x, labels[..., None], -1)[..., 0]).mean()
+
+
+def one_hot_labels(x, labels):
+    return -(jax.nn.one_hot(labels, x.shape[-1]) * jax.nn.log_softmax(x)).sum(-1).mean()
+
+
+def of_optax(x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+
+
+def one_hot_of_optax(x, labels):
+    return optax.softmax_cross_entropy(x, jax.nn.one_hot(labels, x.shape[-1])).mean()
+
+
+@pytest.mark.parametrize("f", [integer_labels, one_hot_labels, of_optax, one_hot_of_optax])
+@pytest.mark.parametrize("columns", [64, 4400])
+def test_cross_entropy(f, columns, cuda) -> None:
+    """The loss of each row and the gradient in one kernel, which reads the logits and no one-hot."""
+    plan, *_ = lowered(Case("loss", jax.value_and_grad(f), (normal(6, 4, columns), LABELS)), rewritten=True)
+    names = [name for name in fused(plan) if name != "row_kernel"]
+    assert set(names) <= {"in_bounds"}
+    plan = run(jax.value_and_grad(f), normal(6, 4, columns), LABELS, names=[*names, "row_kernel"])
+    assert sum(t == f"tensor<6x4x{columns}xf32>" for t in reads_of(plan)[0]) == 1
+
+
+# ---- any other steps -------------------------------------------------------------------------------------------------------------------
+
+
+def standardised(x):
+    c = x - x.mean(-1, keepdims=True)
+    return c / jnp.sqrt(jnp.abs(c).mean(-1, keepdims=True))
+
+
+def clipped(x):
+    """A row that is longer than 1 becomes 1 long; two results, one of a number a row."""
+    length = jnp.sqrt((x * x).sum(-1))
+    return x / jnp.maximum(length, 1.0)[..., None], length
+
+
+def of_two(x, y):
+    both = x + y
+    return (both / both.min(-1, keepdims=True)).astype(np.float16)
+
+
+def along_two(x):
+    return x / jnp.abs(x).max((-1, -2), keepdims=True)
+
+
+def products(x, y):
+    p = lax.reduce(x, np.float32(1), lax.mul, (1,))
+    return jnp.where(x > p[:, None], y, 0)
+
+
+def reshaped(x):
+    """Twelve rows or four times three."""
+    y = x.reshape(4, 3, 64)
+    return jnp.exp(y - y.max(-1, keepdims=True)).reshape(12, 64) * jnp.arange(12)[:, None]
+
+
+def places(x):
+    """Positions of both kinds, in both kinds of numbers."""
+    row = lax.broadcasted_iota(np.int32, x.shape, 0)
+    column = lax.broadcasted_iota(np.float32, x.shape, 1)
+    return jnp.where(row % 2 == 0, x / x.sum(-1, keepdims=True), column)
+
+
+@pytest.mark.parametrize(("f", "args"), [
+    (standardised, (normal(7, 64),)),
+    (standardised, (normal(5, 70),)),
+    (clipped, (normal(7, 64),)),
+    (of_two, (normal(7, 64), 8 + normal(64))),
+    (of_two, (normal(7, 64), 8 + normal(7, 1))),
+    (along_two, (normal(3, 4, 8, 10),)),
+    (products, (1 + 0.1 * normal(5, 33), normal(5, 33))),
+    (reshaped, (normal(12, 64),)),
+    (places, (4 + normal(12, 64),)),
+])  # fmt: skip
+def test_other_steps(f, args, cuda) -> None:
+    names = ["row_kernel"]
+    run(f, *args, names=names, rtol=1e-5 if f is not of_two else 1e-3)  # quotients of what nearly cancels; rounded to a half type
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_places_in_memory(offset, cuda, monkeypatch) -> None:
+    """Arrays may begin at any element."""
+    monkeypatch.setattr(row_kernels, "_kernel", lambda *key: kernel_on_cpu(*key, offset))
+    run(vjp(jax.nn.softmax), normal(3, 64), normal(3, 64), names=["row_kernel"] * 2)
+
+
+def read_in_between(x):
+    """The sum is read before the second operand is there."""
+    total = x.sum(-1)
+    return x / (total[:, None] * lax.sort(jnp.broadcast_to(total[0], x.shape)))
+
+
+@pytest.mark.parametrize("f", [
+    lambda x: x / x.sum(0),
+    lambda x: x.sum(-1) + 1,
+    lambda x: (x.astype(np.int32) // x.astype(np.int32).sum(-1, keepdims=True)),
+    lambda x: x / lax.reduce(x, np.float32(1), lax.add, (1,))[:, None],
+    lambda x: x[:, :16] / x[:, :16].sum(-1, keepdims=True),
+    read_in_between,
+])  # fmt: skip
+def test_near_misses(f, cuda) -> None:
+    plan, *_ = lowered(Case("near", f, (normal(64, 64),)), rewritten=True)
+    assert fused(plan) in ([], ["column_sums"])
+
+
+def test_read_too_late(cuda) -> None:
+    """What needs the kernel's own result stays outside."""
+    plan = run(lambda x, y: (lambda t: (t, x / t[:, None] * lax.sort(y * t[0])))(x.sum(-1)), 1 + normal(40, 64), normal(40, 64), rtol=1e-4)
+    assert [step.name for step in plan.steps][-1] == "stablehlo.multiply"
+
+
+def test_small_arrays_stay(monkeypatch) -> None:
+    for module in (row_kernels, islands):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    for shape, count in [((512, 512), 1), ((64, 64), 0), ((64, 8192), 0), ((32768, 16), 0), ((8, 4, 128, 128), 1)]:
+        assert fused(rewrite(plan_of(Case("size", jax.nn.softmax, (np.zeros(shape, np.float32),))))).count("row_kernel") == count
+    assert fused(rewrite(plan_of(Case("all", lambda x: x / x.sum(), (np.zeros((512, 512), np.float32),))))) == []
+
+
+def test_on_no_other_device(monkeypatch) -> None:
+    for device in ("cpu", "metal"):
+        monkeypatch.setattr(islands, "device_kind", lambda device=device: device)
+        assert fused(rewrite(plan_of(Case("device", jax.nn.softmax, (np.zeros((512, 512), np.float32),))))) == ["softmax"]
+
+
+def test_on_the_host(cuda) -> None:
+    """The steps that a kernel stands for can be printed, and give the same."""
+    case = Case("host", jax.value_and_grad(of_optax), (normal(6, 4, 64), LABELS))
+    plan, program, arguments = lowered(case, rewritten=True)
+    text = Case("host", module_text(plan.arguments, plan.steps, plan.results), case.args, 1e-5, 1e-6)
+    assert_same(results_of(plan, program(*arguments), case), reference(text), text)
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------------------------
+
+
+def place(index, row: int, column: int) -> int:
+    return sum(({"row": row, "column": column}[p.axis] // p.divisor % p.modulus) * p.stride for p in index)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (2, 3, 10), (2, 1, 3, 2, 5), (60,), (6, 1, 10, 1)])
+def test_coordinates(shape) -> None:
+    """An index, its coordinates in any shape, and the index of these."""
+    index = row_kernels.whole_index(6, 10)
+    parts = row_kernels.coordinates(index, shape)
+    for row in range(6):
+        for column in range(10):
+            at = np.unravel_index(row * 10 + column, shape)
+            assert tuple(place(part, row, column) for part in parts) == tuple(map(int, at))
+    assert row_kernels.joined(parts, shape) == index
+
+
+def test_dimensions_that_rows_end_within() -> None:
+    assert row_kernels.coordinates(row_kernels.whole_index(6, 10), (4, 15)) is None
