@@ -264,6 +264,9 @@ class _Finder:
         for value in group.operands:
             self.readers.setdefault(value, {})[group] = None
 
+    def _place(self, step: Step) -> int:
+        return self.place[step.results[0]]
+
     # -- what may be inside
 
     def _fits(self, step: Step, rows: int, columns: int) -> bool:
@@ -317,7 +320,7 @@ class _Finder:
 
     def _closed(self, inside: set[Step], rows: int, columns: int) -> _Island | None:
         """The island with all that only it reads; None if the kernel would be too large, or would read what is computed too late."""
-        waiting = list(inside)
+        waiting = sorted(inside, key=self._place)  # a set has another order in each process, and the kernel would have another text
         made = {v for step in inside for v in step.results}
         operands: dict[Value, None] = {}
         free: dict[Step, None] = {}
@@ -344,7 +347,7 @@ class _Finder:
             if len(inside) > _MOST_STEPS or len(operands) > _MOST_ARRAYS:
                 return None
         operands = {v: None for v in operands if v not in made}
-        outputs = tuple(v for step in inside for v in step.results if not self._is_read_within(v, inside))
+        outputs = tuple(v for step in sorted(inside, key=self._place) for v in step.results if not self._is_read_within(v, inside))
         first = min((self.place[v] for v in outputs), default=-1)
         late = any(self.place.get(v, -1) >= first for v in operands)
         return None if late or len(operands) + len(outputs) > _MOST_ARRAYS else _Island(frozenset(inside), tuple(operands), outputs, tuple(free))
@@ -405,13 +408,12 @@ class _Finder:
 
     def _group(self, island: _Island, rows: int, columns: int) -> Step | None:
         """The step for an island; None if it saves nothing, or its kernel cannot be written."""
-        ordered = sorted(island.inside, key=lambda s: self.place[s.results[0]])
+        ordered = sorted(island.inside, key=self._place)
         pool = {part.results[0]: part for part in (*island.free, *(part for step in ordered for part in self._parts(step)))}
         steps: dict[Step, None] = {}
         for output in island.outputs:
             _put(output, pool, steps)
-        outputs = tuple(sorted(island.outputs, key=lambda v: self.place[v]))
-        original = Region(island.operands, tuple(steps), outputs)
+        original = Region(island.operands, tuple(steps), island.outputs)
         try:
             if not row_kernels.reads_again(original, rows, columns):
                 return None
@@ -419,7 +421,7 @@ class _Finder:
             return None
         last = ordered[-1]
         given = {"rows": rows, "columns": columns, "original": original}
-        return Step("jax_mps.row_kernel", island.operands, outputs, given, location=last.location, text=())
+        return Step("jax_mps.row_kernel", island.operands, island.outputs, given, location=last.location, text=())
 
 
 def _put(value: Value, pool: Mapping[Value, Step], steps: dict[Step, None]) -> None:

@@ -8,12 +8,17 @@ import re
 import types
 from pathlib import Path
 
+import jax
 import mlx.core as mx
 import numpy as np
+import optax
 import pytest
+from ops.harness import Case, lowered
 from ops.kernels import library, needs_compiler
 
-from jax_mps.ops import bins, columns, cuda_kernel, decoding, joined, lookup, norm_rows, threefry
+from jax_mps.ops import bins, columns, cuda_kernel, decoding, joined, lookup, norm_rows, row_kernels, threefry
+from jax_mps.plan.types import numpy_dtype
+from jax_mps.rewrites import row_kernels as islands
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +47,18 @@ def folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", fake)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
         module._kernel.cache_clear()
         monkeypatch.setattr(module, "device_kind", lambda: "cuda", raising=False)
+    monkeypatch.setattr(islands, "device_kind", lambda: "cuda")
     monkeypatch.setattr(cuda_kernel, "device", lambda: types.SimpleNamespace(architecture="sm_90"))
     yield types.SimpleNamespace(path=tmp_path, asked=asked)
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
         module._kernel.cache_clear()
+
+
+def loss(x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(jax.nn.softmax(x.astype(np.float32)), labels).mean()
 
 
 def use_all():
@@ -64,13 +74,10 @@ def use_all():
         for width, sums in ((64, ()), (768, ("scale",)), (1000, norm_rows.EVERY), (1501, ())):
             wide, scale = mx.zeros((8, width), dtype), mx.zeros((width,), dtype) if sums else None
             norm_rows.gradient(wide, wide.astype(mx.float32), scale, None, 1e-5, dtype, centred=width < 1000, sums=sums)
-        lines = ("float r0 = c0 * x0 + q0 * q1;", "int32_t r1 = jax_to_integer<int32_t>(jax_sigmoid(r0), c1);")
-        name = str(dtype).rsplit(".", 1)[-1]
-        recipe = joined.Recipe(lines, 2, ("float32", name), (name, "bool"), ((name, "r0"), ("int32", "r1")), frozenset([1]))
-        arrays = [row[0], x, x < 0] * 2
-        sizes, constants = mx.array([0, 1, 512, 512], mx.uint32), mx.zeros((4,))
-        shape, kinds = {"output_shapes": [(8, 64)] * 4, "grid": (512, 1, 1), "threadgroup": (256, 1, 1)}, [dtype, mx.int32] * 2
-        joined._kernel(recipe, 2)(inputs=[sizes, constants, x[0, 0], *arrays], output_dtypes=kinds, **shape)
+    for dtype, columns_ in (("float32", 512), ("bfloat16", 1030), ("float16", 8192)):
+        x = np.zeros((1024, columns_), numpy_dtype(dtype))
+        _, program, arguments = lowered(Case("loss", jax.value_and_grad(loss), (x, np.zeros(1024, np.int32))), rewritten=True)
+        program(*arguments)
     for dtype in bins._TYPES:
         bins.sums(mx.zeros((9,), mx.int32), mx.zeros((9,), getattr(mx, dtype)), 4, dtype, wrapped=True)
     for index in lookup._INDICES:
@@ -91,7 +98,7 @@ def test_every_kernel_compiles_once(nvrtc, folder):
         assert path.read_bytes()[:4] == b"\x7fELF" and name.encode() in path.read_bytes()
         assert path.with_suffix(".txt").read_text() == f"mlx::core::cu::{name}\t{name}\n"
     times = {path: path.stat().st_mtime_ns for path in found}
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
         module._kernel.cache_clear()
     use_all()
     assert times == {path: path.stat().st_mtime_ns for path in sorted(folder.path.glob("*.ptx"))}
