@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import attention, bias, columns, constants, indices, norms, row_kernels, softmax, special, table, threefry, transposes
+from jax_mps.rewrites import attention, bias, columns, constants, indices, norm_ends, norms, row_kernels, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.join import joined
 from jax_mps.rewrites.recompute import recomputed
@@ -58,6 +58,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("sum of one", transposes.sum_of_one, _at("reduce"), "before the next"),
         Rewrite("reshape", transposes.reshaped, _at("reshape", "transpose"), "last: the others look for the steps that JAX writes"),
         Sweep("product and bias", bias.biased_products, bias.ROOTS, "once products have their last form"),
+        Sweep("ends of a norm's gradient", norm_ends.norm_ends, norm_ends.ROOTS, "before the next, which takes what sums are left"),
         Sweep("sums over rows", columns.column_sums, columns.ROOTS, "once norms have read the sums that they are made of"),
     ),
     (Sweep("kernels for rows", row_kernels.row_kernels_of, row_kernels.ROOTS, "last: grows around softmaxes, and what others have left"),),

@@ -12,9 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from jax_mps.ops import norm_rows
 from jax_mps.ops.bodies import folds
-from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Region, Step, Value
 from jax_mps.rewrites import polynomials
 from jax_mps.rewrites.match import fuse, origin, splat
@@ -94,7 +92,7 @@ class _Rows:
         if source is not value and not any(dims[d] is not None for d in self.axes) and any(d is not None for d in dims):
             return self.weight(value, _long(self.x.shape), scope)
         vector = _vector(value, scope) if self.is_last else None
-        named = _wide_origin(value, scope) if vector is None else vector
+        named = wide_origin(value, scope) if vector is None else vector
         name = f"{'u' if vector is None else 'v'}{named.number}"
         self.symbols[name] = named
         return {((name, 1),): 1.0}
@@ -142,18 +140,16 @@ def _affine(polynomial: Polynomial, rows: _Rows) -> dict[str, Value] | None:
 
 def norm_gradients(steps: Sequence[Step], scope: Scope) -> list[Step]:
     """One step for each norm whose rows' gradient is computed here: operands rows, cotangent, scale if any, what is added; results the gradient of
-    the rows, that of the scale if it is computed too, and on CUDA the sums over rows of the cotangent and of the first result, as biases' gradients are."""
+    the rows, and that of the scale if it is computed too."""
     place = {v: i for i, step in enumerate(steps) for v in step.results}
     sums = {(s.operands[0], tuple(sorted(s.dimensions))): s for s in steps if s.name == "stablehlo.reduce"}
-    over_rows = _sums_over_rows(steps, scope) if device_kind() == "cuda" else {}
     found: list[Step] = []
     for step, rows in _readings(steps, scope):
         gradient = None
         if step.name == "stablehlo.add" and step.result.shape == rows.x.shape:
-            gradient = _gradient(step, rows, scope, place, over_rows) if rows.is_last else _channel_gradient(step, rows, scope, place, sums)
+            gradient = _gradient(step, rows, scope, place) if rows.is_last else _channel_gradient(step, rows, scope, place, sums)
         if gradient is not None:
             found.append(gradient)
-            over_rows = {v: s for v, s in over_rows.items() if s.results[0] not in gradient.results}
             del rows.known[step.results[0]]  # to others it is any array
     return found
 
@@ -188,7 +184,7 @@ def _normalised_rows(steps: Sequence[Step], scope: Scope) -> Iterator[_Rows]:
                 difference = scope.maker(value, "stablehlo.subtract")
                 if not centred and difference is not None and splat(difference.operands[1], scope) is None:
                     value, centred = difference.operands[0], True
-                x = _wide_origin(value, scope)
+                x = wide_origin(value, scope)
                 if x.type.is_floating and len(axes) <= x.type.rank and 1 < math.prod(x.shape[d] for d in axes if d < x.type.rank) < _LONGEST:
                     one: Polynomial = {_C: 1.0, (("M", 1),): 1.0} if centred else {_C: 1.0}
                     yield _Rows(x, axes, centred, eps, {x: one})
@@ -212,7 +208,7 @@ def _squared(spread: Value, scope: Scope) -> tuple[Value, bool, tuple[int, ...]]
 _PASSED = frozenset(f"stablehlo.{n}" for n in ("broadcast_in_dim", "reshape", "convert", "divide", "maximum", "reduce", "select", "subtract"))
 
 
-def _wide_origin(value: Value, scope: Scope) -> Value:
+def wide_origin(value: Value, scope: Scope) -> Value:
     """Before conversions to a wider float."""
     while (step := scope.maker(value, "stablehlo.convert")) is not None and step.operand.is_floating and step.operand.dtype in _HALF:
         value = step.operands[0]
@@ -318,7 +314,7 @@ def _is_one_a_row(shape: tuple[int, ...], rows: _Rows) -> bool:
 def _reduction(step: Step, rows: _Rows, scope: Scope) -> Polynomial | None:
     """A sum along the rows, or along dimensions of size 1; sums over all rows are noted."""
     source = step.operands[0]
-    if not _is_sum(step, scope) or source not in rows.known:
+    if not is_sum(step, scope) or source not in rows.known:
         return None
     summed = [d for d in _long(source.shape) if d in step.dimensions]
     if rows.is_last and source.shape == rows.x.shape and summed == _long(rows.x.shape[:-1]) and step.dimensions:
@@ -406,8 +402,8 @@ _READERS = {
 # ---- the gradient --------------------------------------------------------------------------------------------------------------------
 
 
-def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int], over_rows: Mapping[Value, Step]) -> Step | None:
-    """The step that computes `step`'s result, if that is the gradient of the rows; and the sums that go with it, if all is there by then."""
+def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int]) -> Step | None:
+    """The step that computes `step`'s result, if that is the gradient of the rows; and the gradient of the scale, if all is there by then."""
     matched = _matched(rows.known[step.results[0]], rows)
     g, scale = _factors(matched[0], rows, scope) if matched and not matched[1] else (None, None)
     if matched is None or g is None:
@@ -415,34 +411,22 @@ def _gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Value, int],
     operands = [rows.x, g, *([] if scale is None else [scale]), *matched[2]]
     given = {"norm": "layer_norm" if rows.centred else "rms_norm", "eps": rows.eps, "scaled": scale is not None, "added": len(matched[2]), "sums": ()}
     whole = fuse("jax_mps.norm_gradient", step, operands, scope, given, shared=True)
-    if whole is None:
-        return None
-    if scale is not None and g in rows.scales:
-        whole = _with_sum(whole, "scale", rows.scales[g], (rows.x, g), scope, place)
-    if norm_rows.fits((rows.x.dtype, g.dtype, step.result.dtype), rows.x.type.size // rows.size, rows.size):
-        for name, value in (("cotangent", g), ("rows", step.results[0])):
-            whole = _with_sum(whole, name, over_rows[value], (value,), scope, place) if value in over_rows else whole
-    return whole
+    summed = rows.scales.get(g) if scale is not None else None
+    return whole if whole is None or summed is None else with_sum(whole, "scale", summed, (rows.x, g), scope, place) or whole
 
 
-def _with_sum(whole: Step, name: str, summed: Step, operands: Sequence[Value], scope: Scope, place: Mapping[Value, int]) -> Step:
-    """The gradient with a sum over all rows as one more result; without, where what it reads is not there by the first of its results."""
+def with_sum(whole: Step, name: str, summed: Step, operands: Sequence[Value], scope: Scope, place: Mapping[Value, int]) -> Step | None:
+    """The gradient with a sum over all rows as one more result; None where what it reads is not there by the first of its results."""
     other = fuse(whole.name, summed, operands, scope, shared=True)
     if other is None:
-        return whole
+        return None
     read = (*whole.operands, *(v for v in other.operands if v not in whole.operands and v not in whole.results))
     results = (*whole.results, *summed.results)
     first = min(place[v] for v in results)
     if any(place.get(v, -1) >= first for v in read):
-        return whole
+        return None
     original = Region(read, tuple(dict.fromkeys((*whole.original.steps, *other.original.steps))), results)
     return replace(whole, operands=read, results=results, attributes={**whole.attributes, "sums": (*whole.sums, name), "original": original})
-
-
-def _sums_over_rows(steps: Sequence[Step], scope: Scope) -> dict[Value, Step]:
-    """Sums along all dimensions but the last, by what they sum up."""
-    sums = [s for s in steps if s.name == "stablehlo.reduce" and len(s.results) == 1 and list(s.dimensions) == list(range(s.operand.rank - 1))]
-    return {_wide_origin(s.operands[0], scope): s for s in sums if s.operand.rank > 1 and s.operand.is_floating and _is_sum(s, scope)}
 
 
 def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Value | None]:
@@ -454,7 +438,7 @@ def _factors(u: Monomial, rows: _Rows, scope: Scope) -> tuple[Value | None, Valu
         return (arrays[0], arrays[1]) if u[1][0][0] == "v" else (None, None)
     product = scope.maker(arrays[0], "stablehlo.multiply")
     pairs = (product.operands, product.operands[::-1]) if product else ()
-    found = [(_wide_origin(g, scope), scale) for g, weight in pairs if (scale := _vector(weight, scope)) is not None]
+    found = [(wide_origin(g, scope), scale) for g, weight in pairs if (scale := _vector(weight, scope)) is not None]
     return next((pair for pair in found if pair[0] in rows.scales), found[0] if found else (arrays[0], None))
 
 
@@ -475,7 +459,7 @@ def _channel_gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Valu
         return None
     known = [mean.value, root.value, product.value]
     total = sums.get((array, rows.axes))
-    if total is not None and (not _is_sum(total, scope) or place[total.results[0]] > place[step.results[0]]):
+    if total is not None and (not is_sum(total, scope) or place[total.results[0]] > place[step.results[0]]):
         total = None
     operands = [rows.x, array, *known, *(total.results if total else ()), *(rows.symbols[s] for s, _ in weights), *added]
     given = {
@@ -485,7 +469,7 @@ def _channel_gradient(step: Step, rows: _Rows, scope: Scope, place: Mapping[Valu
     return fuse("jax_mps.channel_norm_gradient", step, operands, scope, given, shared=True)
 
 
-def _is_sum(step: Step, scope: Scope) -> bool:
+def is_sum(step: Step, scope: Scope) -> bool:
     return folds(step.regions[0]) == ("add",) and splat(step.operands[1], scope) == 0.0
 
 

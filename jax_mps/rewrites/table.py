@@ -134,4 +134,4 @@ def _region(region: Region, scope: Scope, roots: Mapping[str, list[Rewrite]], sw
 def _with_groups(steps: list[Step], groups: Sequence[Step]) -> list[Step]:
     """The steps, each group in place of the first that made one of its results."""
     group_of = {value: group for group in groups for value in group.results}
-    return list(dict.fromkeys(group_of.get(step.results[0], step) if step.results else step for step in steps)) if groups else steps
+    return list(dict.fromkeys(next((group_of[v] for v in step.results if v in group_of), step) for step in steps)) if groups else steps

@@ -16,8 +16,8 @@ from ops.kernels import library, needs_compiler
 from rewrites.test_norms import by_division, flax_layer_norm, flax_rms_norm, gpt, in_float32, llama, plain
 
 import jax_mps.ops.fused as fused_ops
-import jax_mps.rewrites.norms as norm_rewrites
 from jax_mps.ops import norm_rows
+from jax_mps.rewrites import norm_ends
 
 CPP = """
 #include <cmath>
@@ -131,7 +131,7 @@ def cuda(monkeypatch):
     """The plan and its lowering for CUDA, of arrays of any size; the kernels that were used."""
     needs_compiler()
     used = []
-    for module in (norm_rows, fused_ops, norm_rewrites):
+    for module in (norm_rows, fused_ops, norm_ends):
         monkeypatch.setattr(module, "device_kind", lambda: "cuda")
     monkeypatch.setattr(norm_rows, "_FEWEST", 0)
     monkeypatch.setattr(norm_rows, "_THREADS", 64)
@@ -306,10 +306,59 @@ def test_cotangent_that_is_added(cuda) -> None:
     assert run(lambda *args: jax.vjp(lambda x, s, b: x + gpt(x, s, b), *args[1:])[1](args[0]), G, X, S, B, **CLOSE) == [ALL[:2]]
 
 
+def ends(f, *args, **close) -> list[tuple[int, str]]:
+    """What is added to each gradient, and its dtype."""
+    case = Case("ends", f, args, **close)
+    plan, program, arguments = lowered(case, rewritten=True)
+    assert_same(results_of(plan, program(*arguments), case), reference(case), case)
+    return [(s.added, s.result.dtype) for s in plan.body.walk() if s.name == "jax_mps.norm_gradient"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_ends_in_half_types(dtype, cuda) -> None:
+    """Norms in float32 between products in a half type: rows are read and written in that, and what passes by the norm is added at once."""
+
+    def f(x, w, s, b):
+        def loss(x, w, s, b):
+            for _ in range(2):
+                x = x + jnp.tanh(in_float32(x, s, b) @ w) @ w + b.astype(dtype)
+            return (x.astype(jnp.float32) ** 2).mean()
+
+        return jax.grad(loss, (0, 1, 2, 3))(x, w, s, b)
+
+    w = R.normal(size=(24, 24)) / 5
+    close = {"rtol": 3e-2, "atol": 2e-2} if dtype is jnp.bfloat16 else {"rtol": 4e-3, "atol": 2e-3}  # sums of rounded numbers, rounded once here
+    assert ends(f, X.astype(dtype), w.astype(dtype), S, B, **close) == [(1, jnp.dtype(dtype).name)] * 2
+    assert {how.types for how in cuda} == {(jnp.dtype(dtype).name,) * 3}
+
+
+def gradient(x, g, s):
+    return jax.vjp(lambda x: gpt(x, s, 0), x)[1](g)[0]
+
+
+@pytest.mark.parametrize(("f", "added", "dtype"), [
+    (lambda x, g, s: gradient(x, g, s) + x, 1, "float32"),
+    (lambda x, g, s: (gradient(x, g, s) + x) + g, 2, "float32"),
+    (lambda x, g, s: g - (gradient(x, g, s) + x), 1, "float32"),
+    (lambda x, g, s: (lambda y: (y + x, y))(gradient(x, g, s)), 0, "float32"),  # read twice
+    (lambda x, g, s: (lambda y: y + y)(gradient(x, g, s)), 0, "float32"),
+    (lambda x, g, s: (lambda y: y + jnp.cos(y.sum(-1, keepdims=True)))(gradient(x, g, s)), 0, "float32"),
+    (lambda x, g, s: gradient(x, g, s) + s, 0, "float32"),  # a line for all rows
+    (lambda x, g, s: gradient(x, g, s).astype(jnp.float16), 0, "float16"),
+    (lambda x, g, s: (gradient(x, g, s) + x).astype(jnp.float16), 1, "float32"),  # what is added is not rounded
+    (lambda x, g, s: gradient(x, g, s).astype(jnp.float16) + x.astype(jnp.float16), 1, "float16"),
+    (lambda x, g, s: gradient(x, g, s).astype(jnp.float16).astype(jnp.float32) + x, 0, "float16"),
+    (lambda x, g, s: gradient(x, g, s).astype(jnp.int32), 0, "float32"),
+])  # fmt: skip
+def test_ends(f, added, dtype, cuda) -> None:
+    halves = "float16" in {str(v.dtype) for v in jax.tree.leaves(jax.eval_shape(f, X, G, S))} | {dtype}
+    assert ends(f, X, G, S, **({"rtol": 1e-3, "atol": 4e-3} if halves else CLOSE)) == [(added, dtype)]  # rounded to a half type, once or twice
+
+
 def test_where_the_kernel_is_not_used(monkeypatch) -> None:
     """The same sums beside MLX's gradient, and beside its formula."""
-    monkeypatch.setattr(norm_rewrites, "device_kind", lambda: "cuda")
-    monkeypatch.setattr(norm_rewrites, "norm_rows", types.SimpleNamespace(fits=lambda *how: True))
+    monkeypatch.setattr(norm_ends, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(norm_ends, "norm_rows", types.SimpleNamespace(fits=lambda *how: True))
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(fused_ops, "device_kind", lambda device=device: device)
         assert run(block(gpt), X, C, G, S, B, **CLOSE) == [ALL]
