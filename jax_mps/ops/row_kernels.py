@@ -32,8 +32,8 @@ FLOATS = frozenset(["float32", "float16", "bfloat16"])
 FOLDS: Mapping[str, tuple[str, float]] = {
     "add": ("{a} + {b}", 0.0),
     "multiply": ("{a} * {b}", 1.0),
-    "maximum": ("{a} != {a} || {a} > {b} ? {a} : {b}", -math.inf),  # NaN wins
-    "minimum": ("{a} != {a} || {a} < {b} ? {a} : {b}", math.inf),
+    "maximum": ("jax_higher({a}, {b})", -math.inf),
+    "minimum": ("jax_lower({a}, {b})", math.inf),
 }
 
 # Threads of a block that has one row or several; numbers that a thread holds of each operand. Up to 256 threads have as many registers as they want.
@@ -42,6 +42,21 @@ _MOST_TEAM = 256
 _LONG_TEAM, _LONG_HELD = 512, 8  # of rows that do not fit
 
 _HEADER = """
+__device__ inline float jax_higher(float a, float b) {  // NaN wins
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float higher;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(higher) : "f"(a), "f"(b));
+  return higher;
+#else
+  return a != a || a > b ? a : b;
+#endif
+}
+__device__ inline float jax_lower(float a, float b) { return -jax_higher(-a, -b); }
+__device__ inline void jax_add_exponentials(float& top, float& sum, float other, float more) {  // of numbers less their maximum
+  const float higher = jax_higher(top, other), less = higher == __int_as_float(0xff800000) ? 0.0f : higher;
+  sum = sum * expf(top - less) + more * expf(other - less);
+  top = higher;
+}
 template <int N, typename T, typename R> __device__ inline void jax_read(const T* from, bool whole, R* to) {
   struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Neighbours { T x[N]; };
   if (whole) {
@@ -130,11 +145,13 @@ def joined(parts: Sequence[Index], shape: Sequence[int]) -> Index:
 class _Node:
     """A number for each row, or for each row and column (`spread`), once so many reductions in a row are done (`stage`).
 
-    kind: "constant", "load" (of an argument), "place" (an index as a number), "step", "fold" (of the first operand). text: of a constant or step, with
-    its operands as {0}, {1}, ...; a fold's name. light: made of no array's elements, computed again in each pass.
+    kind: "constant", "load" (of an argument), "place" (an index as a number), "step", "fold" (of the first operand), "sum" (of exponentials, which the
+    pass for their maximum has added up). text: of a constant or step, with its operands as {0}, {1}, ...
+    light: made of no array's elements, computed again in each pass.
     """
 
     kind: str
+    name: str
     dtype: str
     spread: bool
     stage: int = 0
@@ -180,11 +197,11 @@ class _Graph:
         step = self.made.get(value)
         spread = any(p.axis == "column" for p in index)
         if step is None:
-            return _Node("load", value.dtype, spread, light=not spread, index=index, argument=self.region.arguments.index(value))
+            return _Node("load", "", value.dtype, spread, light=not spread, index=index, argument=self.region.arguments.index(value))
         if step.name == "stablehlo.reshape":
             return self.of(step.operands[0], index)
         if step.name == "stablehlo.constant":
-            return _Node("constant", value.dtype, False, text=cuda_text.constant(value.dtype, step.value.reshape(-1)[0]))
+            return _Node("constant", "", value.dtype, False, text=cuda_text.constant(value.dtype, step.value.reshape(-1)[0]))
         if step.name == "stablehlo.reduce":
             return self._fold(step, index)
         if step.name in ("stablehlo.broadcast_in_dim", "stablehlo.iota"):
@@ -193,7 +210,7 @@ class _Graph:
                 raise Unsupported(step, "dimensions that rows end within")
             if step.name == "stablehlo.iota":
                 place = parts[step.iota_dimension]
-                return _Node("place", value.dtype, any(p.axis == "column" for p in place), index=place)
+                return _Node("place", "", value.dtype, any(p.axis == "column" for p in place), index=place)
             shape = step.operand.shape
             kept = [parts[d] if n > 1 else () for d, n in zip(step.broadcast_dimensions, shape, strict=True)]
             return self.of(step.operands[0], joined(kept, shape))
@@ -206,14 +223,34 @@ class _Graph:
         operands = tuple(self.of(v, index if v.shape == step.result.shape else ()) for v in step.operands)
         parts = [self.nodes[n] for n in operands]
         spread, stage, light = any(p.spread for p in parts), max(p.stage for p in parts), all(p.light for p in parts)
-        return _Node("step", step.result.dtype, spread, stage, light, text, operands=operands)
+        return _Node("step", step.name, step.result.dtype, spread, stage, light, text, operands=operands)
 
     def _fold(self, step: Step, index: Index) -> _Node:
         names = folds(step.regions[0])
         if index != row_index(self.rows) or step.operand.size != self.rows * self.columns or not names or names[0] not in FOLDS:
             raise Unsupported(step, "not along rows")
         operand = self.of(step.operands[0], whole_index(self.rows, self.columns))
-        return _Node("fold", step.result.dtype, False, self.nodes[operand].stage + 1, text=names[0], operands=(operand,))
+        return self._known_sum(operand, names[0]) or _Node("fold", names[0], step.result.dtype, False, self.nodes[operand].stage + 1, operands=(operand,))
+
+    def _known_sum(self, operand: int, name: str) -> _Node | None:
+        """In a long row, the sum of exp(x - m), m the maximum of x: the pass that finds m adds them up as well. Or with 0 for an m that is not finite."""
+        e = self.nodes[operand]
+        if name != "add" or is_held(self.columns) or (e.kind, e.name, e.dtype) != ("step", "stablehlo.exponential", "float32"):
+            return None
+        less = self.nodes[e.operands[0]]
+        if less.name != "stablehlo.subtract":
+            return None
+        x, m = less.operands
+        choice, text = self.nodes[m], "(fabsf({0}) < __int_as_float(0x7f800000) ? {1} : __int_as_float(0x7fc00000))"
+        if choice.name == "stablehlo.select":
+            test, m, zero = choice.operands
+            finite, text = self.nodes[test], "(fabsf({0}) < __int_as_float(0x7f800000) ? {1} : expf({0}))"
+            if (finite.name, finite.operands) != ("stablehlo.is_finite", (m,)) or self.nodes[zero].text != cuda_text.constant("float32", 0.0):
+                return None
+        top = self.nodes[m]
+        if (top.kind, top.name, top.operands) != ("fold", "maximum", (x,)):
+            return None
+        return _Node("sum", "", "float32", False, top.stage, text=text, operands=(m,))
 
 
 def along_rows(step: Step, start: Any) -> tuple[int, int] | None:
@@ -235,7 +272,7 @@ def reads_again(region: Region, rows: int, columns: int) -> bool:
     """
     graph = _Graph(region, rows, columns)
     graph.build()
-    return any(n.stage > (n.kind == "fold") and (n.spread or n.kind == "fold") for n in graph.nodes)
+    return any(n.kind == "sum" or (n.stage > (n.kind == "fold") and (n.spread or n.kind == "fold")) for n in graph.nodes)
 
 
 # ---- the kernel's text ---------------------------------------------------------------------------------------------------------------
@@ -264,13 +301,17 @@ class _Shape:
     held: bool
 
 
+def is_held(columns: int) -> bool:
+    """Whether a row stays in registers."""
+    return columns <= _MOST_TEAM * _HELD
+
+
 def _shape_of(columns: int, run: int) -> _Shape:
     team = _WARP
     while team < _MOST_TEAM and columns > team * _HELD:
         team *= 2
-    runs = -(-columns // (team * run))
-    if runs * run <= _HELD:
-        return _Shape(team, _BLOCK // team if team == _WARP else 1, run, runs, True)
+    if is_held(columns):
+        return _Shape(team, _BLOCK // team if team == _WARP else 1, run, -(-columns // (team * run)), True)
     return _Shape(_LONG_TEAM, 1, run, max(1, _LONG_HELD // run), False)
 
 
@@ -301,6 +342,7 @@ class _Writer:
         self.last = max((n.stage for n in self.nodes), default=0)
         self.targets = [self._folded(stage) for stage in range(self.last)] + [[n for n in results if self.nodes[n].spread]]
         self.kept = self._kept()
+        self.summed = {n.operands[0] for n in self.nodes if n.kind == "sum"}  # maxima whose pass adds up exponentials
 
     # -- plan
 
@@ -417,7 +459,9 @@ class _Writer:
     def _row_numbers(self, stage: int) -> Iterator[str]:
         """What there is once for a row, as soon as it can be computed."""
         for n, node in enumerate(self.nodes):
-            if node.stage == stage and not node.spread and node.kind not in ("constant", "fold"):
+            if node.kind == "sum" and node.stage == stage:
+                yield f"const float v{n} = {node.text.format(f'v{node.operands[0]}', f's{node.operands[0]}')};"
+            elif node.stage == stage and not node.spread and node.kind not in ("constant", "fold"):
                 yield f"const {self._type(n)} v{n} = {self._computed(n)};"
 
     def _pass(self, stage: int, found: list[int]) -> Iterator[str]:
@@ -426,15 +470,39 @@ class _Writer:
         outputs = [(i, n) for i, n in enumerate(self.results) if self.nodes[n].spread] if stage == self.last else []
         reads = [n for n in found if self.nodes[n].kind == "load" and self._is_in_runs(self.nodes[n])]
         for n in done:
-            yield f"float f{n} = {cuda_text.constant('float32', FOLDS[self.nodes[n].text][1])};"
+            yield f"float f{n} = {cuda_text.constant('float32', FOLDS[self.nodes[n].name][1])};"
+            if n in self.summed:
+                yield f"float t{n} = f{n}, s{n} = 0;"
         if done or outputs:
-            yield "{" if self.shape.held else "for (uint32_t base = 0; base < columns; base += TEAM * RUN * RUNS) {"
-            yield "const uint32_t base = 0;" if self.shape.held else ""
+            yield from self._chunks(stage)
             yield from self._reads(reads)
             yield from self._elements([n for n in found if n not in reads], reads, done, outputs)
+            yield from self._exponentials([n for n in done if n in self.summed])
             yield "}"
         if done:
             yield from self._together(done)
+
+    def _chunks(self, stage: int) -> Iterator[str]:
+        """A loop over as much of the row as its threads hold at once; every second pass backwards, from what was read last."""
+        if self.shape.held:
+            yield "{"
+            yield "const uint32_t base = 0;"
+        else:
+            yield "const uint32_t chunks = (columns - 1) / (TEAM * RUN * RUNS) + 1;" if stage == 0 else ""
+            yield "for (uint32_t chunk = 0; chunk < chunks; chunk++) {"
+            yield f"const uint32_t base = {'(chunks - 1 - chunk)' if stage % 2 else 'chunk'} * (TEAM * RUN * RUNS);"
+
+    def _exponentials(self, tops: list[int]) -> Iterator[str]:
+        """Add up what was read, less its maximum so far."""
+        for n in tops:
+            yield "{"
+            yield f"const float less = f{n} == __int_as_float(0xff800000) ? 0.0f : f{n};"
+            yield f"s{n} *= expf(t{n} - less);"
+            yield f"t{n} = f{n};"
+            yield from self._loop()
+            yield "#pragma unroll"
+            yield f"for (int i = 0; i < RUN; i++) s{n} += expf(c{n}[j * RUN + i] - less);"
+            yield "}\n}\n}"
 
     def _loop(self) -> Iterator[str]:
         yield "#pragma unroll"
@@ -451,6 +519,7 @@ class _Writer:
 
     def _elements(self, found: list[int], reads: list[int], done: list[int], outputs: list[tuple[int, int]]) -> Iterator[str]:
         types = [cuda_text.MEMORY[self.graph.region.results[i].dtype] for i, _ in outputs]
+        yield from (f"float c{n}[RUN * RUNS];" for n in done if n in self.summed)
         yield from self._loop()
         yield from (f"alignas(16) {kind} o{i}[RUN];" for (i, _), kind in zip(outputs, types, strict=True))
         yield "#pragma unroll"
@@ -462,8 +531,10 @@ class _Writer:
             if n in self.kept:
                 yield f"k{n}[e] = v{n};"
         for n in done:
-            fold = FOLDS[self.nodes[n].text][0]
-            yield f"f{n} = {fold.format(a=f'f{n}', b=self._ref(self.nodes[n].operands[0], found))};"
+            fold, operand = FOLDS[self.nodes[n].name][0], self._ref(self.nodes[n].operands[0], found)
+            yield f"f{n} = {fold.format(a=f'f{n}', b=operand)};"
+            if n in self.summed:
+                yield f"c{n}[e] = {operand};"
         for i, n in outputs:
             yield f"o{i}[i] = {cuda_text.store(self.graph.region.results[i].dtype, self._ref(n, found))};"
         yield "}"
@@ -473,22 +544,25 @@ class _Writer:
     def _together(self, done: list[int]) -> Iterator[str]:
         """The folds of all threads of a row, in each of them."""
         yield "for (int o = 16; o > 0; o /= 2) {"
-        yield from (self._combined(n, f"__shfl_xor_sync(0xffffffffu, f{n}, o)") for n in done)
+        yield from (self._combined(n, *(f"__shfl_xor_sync(0xffffffffu, {name}{n}, o)" for name in "fs")) for n in done)
         yield "}"
         if self.shape.team > _WARP:
-            yield from (f"__shared__ float p{n}[TEAM / 32];" for n in done)
+            parts = [(f"f{n}", f"p{n}") for n in done] + [(f"s{n}", f"q{n}") for n in done if n in self.summed]
+            yield from (f"__shared__ float {part}[TEAM / 32];" for _, part in parts)
             yield "if (lane % 32 == 0) {"
-            yield from (f"p{n}[lane / 32] = f{n};" for n in done)
+            yield from (f"{part}[lane / 32] = {whole};" for whole, part in parts)
             yield "}"
             yield "__syncthreads();"
-            yield from (f"f{n} = p{n}[0];" for n in done)
+            yield from (f"{whole} = {part}[0];" for whole, part in parts)
             yield "for (int w = 1; w < TEAM / 32; w++) {"
-            yield from (self._combined(n, f"p{n}[w]") for n in done)
+            yield from (self._combined(n, f"p{n}[w]", f"q{n}[w]") for n in done)
             yield "}"
         yield from (f"const float v{n} = {cuda_text.rounded(self.nodes[n].dtype, f'f{n}')};" for n in done)
 
-    def _combined(self, n: int, other: str) -> str:
-        return f"{{ const float other = {other}; f{n} = {FOLDS[self.nodes[n].text][0].format(a=f'f{n}', b='other')}; }}"
+    def _combined(self, n: int, other: str, more: str) -> str:
+        if n in self.summed:
+            return f"{{ const float other = {other}, more = {more}; jax_add_exponentials(f{n}, s{n}, other, more); }}"
+        return f"{{ const float other = {other}; f{n} = {FOLDS[self.nodes[n].name][0].format(a=f'f{n}', b='other')}; }}"
 
 
 # ---- running it ----------------------------------------------------------------------------------------------------------------------

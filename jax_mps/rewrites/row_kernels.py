@@ -92,11 +92,13 @@ class _Writer:
         e = self.step("exponential", shifted, kind=x.type)
         return shifted, e, self.fold("add", e)
 
-    def softmax(self, x: Value, result: Value | None = None) -> Value:
+    def softmax(self, x: Value, times: Value | None = None, result: Value | None = None) -> Value:
+        """times: what each row is multiplied by."""
         wide = self.to(x, "float32")
         _, e, total = self.exponentials(wide, self.fold("maximum", wide))
+        factor = self.step("divide", times or self.number(1.0, total.type), total, kind=total.type)  # one division a row
         same = x.dtype == "float32"
-        y = self.step("divide", e, self.spread(total, e), kind=e.type, result=result if same else None)
+        y = self.step("multiply", e, self.spread(factor, e), kind=e.type, result=result if same else None)
         return y if same else self.to(y, x.dtype, result)
 
 
@@ -104,7 +106,7 @@ Parts = Callable[[_Writer, Step, Value | None], None]  # writes what a step stan
 
 
 def _softmax(w: _Writer, step: Step, known: Value | None) -> None:
-    w.softmax(step.operands[0], step.results[0])
+    w.softmax(step.operands[0], result=step.results[0])
 
 
 def _log_softmax(w: _Writer, step: Step, known: Value | None) -> None:
@@ -143,9 +145,11 @@ def _softmax_gradient(w: _Writer, step: Step, known: Value | None) -> None:
 
 def _softmax_times(w: _Writer, step: Step, known: Value | None) -> None:
     x, q = step.operands[:2]
-    s = known or w.softmax(x)
     row = w.to(w.step("reshape", q, kind=TensorType(x.shape[:-1], q.dtype)), x.dtype)
-    w.step("multiply", s, w.spread(row, s), kind=s.type, result=step.results[0])
+    if known is None:
+        w.softmax(x, w.to(row, "float32"), step.results[0])
+    else:
+        w.step("multiply", known, w.spread(row, known), kind=known.type, result=step.results[0])
 
 
 def _one_a_row(w: _Writer, step: Step, known: Value | None) -> None:

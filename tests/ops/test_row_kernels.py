@@ -221,12 +221,14 @@ def test_half_types(columns, dtype, tolerance, cuda) -> None:
 
 
 ODD = np.array([[-np.inf] * 4, [np.nan, 1, 2, 3], [np.inf, 1, 2, 3], [np.inf, np.inf, 0, 0], [-np.inf, 1, 2, -np.inf], [3e38, -3e38, 0, 1]], np.float32)
+LONG = np.concatenate([np.full((6, 4500), -np.inf, np.float32), ODD], 1)
 ODD = np.concatenate([ODD, np.repeat(ODD[:, -1:], 70, 1)], 1)
 
 
 @pytest.mark.parametrize("f", [jax.nn.softmax, jax.nn.log_softmax, lambda x: jax.nn.logsumexp(x, axis=-1), vjp(jax.nn.softmax), vjp(jax.nn.log_softmax)])
-def test_infinities_and_nan(f, cuda) -> None:
-    args = (ODD, np.ones_like(ODD)) if f.__name__ == "<lambda>" and f.__code__.co_argcount == 2 else (ODD,)
+@pytest.mark.parametrize("x", [ODD, LONG, LONG[:, ::-1]], ids=["short", "long", "long, reversed"])
+def test_infinities_and_nan(f, x, cuda) -> None:
+    args = (x, np.ones_like(x)) if f.__name__ == "<lambda>" and f.__code__.co_argcount == 2 else (x,)
     case = Case("odd", f, args)
     names = fused(lowered(case, rewritten=True)[0])
     assert set(names) == {"row_kernel"}
