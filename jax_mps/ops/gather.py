@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from jax_mps.ops import lookup
+from jax_mps.ops.dtypes import MX
 from jax_mps.ops.indexing import Windows, batch_shape, batching_axes
 from jax_mps.ops.registry import Run, defining_step, lowers
 from jax_mps.ops.shapes import empty
@@ -20,7 +21,8 @@ _LONG_ROW = 12
 
 @lowers("stablehlo.gather")
 def gather(op: Step) -> Run:
-    return _gather(op, tuple(op.slice_sizes))
+    run, dtype = _gather(op, tuple(op.slice_sizes)), MX[op.result.dtype]
+    return run if op.operand.dtype == op.result.dtype else lambda x, start_indices, *rest: run(x, start_indices).astype(dtype)  # rewrites/indices.py
 
 
 @lowers("stablehlo.dynamic_gather")

@@ -233,7 +233,7 @@ class _Graph:
         return self._known_sum(operand, names[0]) or _Node("fold", names[0], step.result.dtype, False, self.nodes[operand].stage + 1, operands=(operand,))
 
     def _known_sum(self, operand: int, name: str) -> _Node | None:
-        """In a long row, the sum of exp(x - m), m the maximum of x: the pass that finds m adds them up as well. Or with 0 for an m that is not finite."""
+        """In a long row, the sum of exp(x - m), m the maximum of x: the pass that finds m adds them up as well."""
         e = self.nodes[operand]
         if name != "add" or is_held(self.columns) or (e.kind, e.name, e.dtype) != ("step", "stablehlo.exponential", "float32"):
             return None
@@ -241,16 +241,10 @@ class _Graph:
         if less.name != "stablehlo.subtract":
             return None
         x, m = less.operands
-        choice, text = self.nodes[m], "(fabsf({0}) < __int_as_float(0x7f800000) ? {1} : __int_as_float(0x7fc00000))"
-        if choice.name == "stablehlo.select":
-            test, m, zero = choice.operands
-            finite, text = self.nodes[test], "(fabsf({0}) < __int_as_float(0x7f800000) ? {1} : expf({0}))"
-            if (finite.name, finite.operands) != ("stablehlo.is_finite", (m,)) or self.nodes[zero].text != cuda_text.constant("float32", 0.0):
-                return None
         top = self.nodes[m]
         if (top.kind, top.name, top.operands) != ("fold", "maximum", (x,)):
             return None
-        return _Node("sum", "", "float32", False, top.stage, text=text, operands=(m,))
+        return _Node("sum", "", "float32", False, top.stage, operands=(m,))
 
 
 def along_rows(step: Step, start: Any) -> tuple[int, int] | None:
@@ -460,7 +454,8 @@ class _Writer:
         """What there is once for a row, as soon as it can be computed."""
         for n, node in enumerate(self.nodes):
             if node.kind == "sum" and node.stage == stage:
-                yield f"const float v{n} = {node.text.format(f'v{node.operands[0]}', f's{node.operands[0]}')};"
+                (m,) = node.operands
+                yield f"const float v{n} = fabsf(v{m}) < __int_as_float(0x7f800000) ? s{m} : __int_as_float(0x7fc00000);"
             elif node.stage == stage and not node.spread and node.kind not in ("constant", "fold"):
                 yield f"const {self._type(n)} v{n} = {self._computed(n)};"
 

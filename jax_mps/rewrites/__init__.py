@@ -30,6 +30,7 @@ TABLES: tuple[Table, ...] = (
     (
         Rewrite("gather of all", indices.gather_all, _at("gather"), "any time"),
         Rewrite("scatter to all", indices.scatter_all, _at("scatter"), "any time"),
+        Rewrite("gather of converted", indices.gather_converted, _at("gather"), "before the next, which looks at the indices", _at("convert")),
         Rewrite("gather from the end", indices.gather, _at("gather"), "any time", _at("select")),
         Rewrite("scatter from the end", indices.scatter, _at("scatter"), "any time", _at("select")),
         Rewrite("indices in bounds", indices.in_bounds, _at("reduce"), "any time", _at("gather")),

@@ -19,6 +19,16 @@ def gather(step: Step, scope: Scope) -> Step | None:
     return _wrapped(step, 1, step.start_index_map, scope)
 
 
+def gather_converted(step: Step, scope: Scope) -> Step | None:
+    """A gather of some of what was converted between floats (a label's logit): converted afterwards."""
+    made = scope.maker(step.operands[0], "stablehlo.convert")
+    if made is None or not made.operand.is_floating or not made.result.is_floating or step.result.size >= made.result.size:
+        return None
+    operands = (made.operands[0], step.operands[1])
+    group = fuse(step.name, step, operands, scope, shared=True)
+    return replace(step, operands=operands, attributes={**step.attributes, "original": group.original}) if group else None
+
+
 def scatter(step: Step, scope: Scope) -> Step | None:
     return _wrapped(step, len(step.results), step.scatter_dims_to_operand_dims, scope)
 

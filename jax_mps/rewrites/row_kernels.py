@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jax_mps.errors import Unsupported
 from jax_mps.ops import cuda_text, row_kernels
+from jax_mps.ops.bodies import folds
 from jax_mps.ops.registry import is_elementwise
 from jax_mps.ops.scatter import line_of
 from jax_mps.ops.target import device_kind
@@ -30,6 +31,7 @@ _FEWEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 18, 128, 32  # elements; rows, one
 _MOST_ROWS = 1 << 26
 _MOST_STEPS, _MOST_ARRAYS = 48, 8  # of one kernel: enough for what JAX writes, and few registers
 _MOST_FREE = 12  # steps from positions to a mask
+_AHEAD = 4  # steps to what an island may grow by
 _FREE = 16  # what is so many times smaller may be read by any number of kernels
 
 _VIEWS = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.reshape"])
@@ -125,11 +127,11 @@ def _log_sum_exp(w: _Writer, step: Step, known: Value | None) -> None:
 
 def _logsumexp(w: _Writer, step: Step, known: Value | None) -> None:
     x = w.to(step.operands[0], "float32")
-    top = w.fold("maximum", x)
-    finite = w.step("is_finite", top, kind=TensorType(top.shape, "bool"))
-    m = w.step("select", finite, top, w.number(0.0, top.type), kind=top.type)
+    m = w.fold("maximum", x)
     _, _, total = w.exponentials(x, m)
-    _row(w, w.step("add", w.step("log", total, kind=total.type), m, kind=m.type), step.results[0])
+    log = w.step("add", w.step("log", total, kind=m.type), m, kind=m.type)
+    finite = w.step("is_finite", m, kind=TensorType(m.shape, "bool"))
+    _row(w, w.step("select", finite, log, m, kind=m.type), step.results[0])  # of an infinity or NaN, that
 
 
 def _row(w: _Writer, row: Value, result: Value) -> None:
@@ -190,7 +192,7 @@ def row_kernels_of(steps: Sequence[Step], scope: Scope) -> list[Step]:
     finder = _Finder(steps, scope)
     for step, sizes in reversed(seeds):  # gradients read the softmax, and leave what that is made of to it
         finder.grow(step, *sizes)
-    return finder.groups
+    return _shared(sorted(finder.groups, key=finder.place_of))
 
 
 def _sizes(step: Step, scope: Scope) -> tuple[int, int] | None:
@@ -203,6 +205,11 @@ def _sizes(step: Step, scope: Scope) -> tuple[int, int] | None:
     if sizes is None or not _FEWEST_ROWS <= sizes[0] < _MOST_ROWS or sizes[1] < _FEWEST_COLUMNS or math.prod(sizes) < _FEWEST:
         return None
     return sizes
+
+
+def _widens(step: Step) -> bool:
+    """Whether a conversion is of fewer bytes than it gives, exactly."""
+    return step.name == "stablehlo.convert" and step.operand.dtype in ("float16", "bfloat16") and step.result.dtype == "float32"
 
 
 def _has_text(step: Step) -> bool:
@@ -270,6 +277,10 @@ class _Finder:
 
     def _place(self, step: Step) -> int:
         return self.place[step.results[0]]
+
+    def place_of(self, group: Step) -> int:
+        """Where it is put."""
+        return min(self.place[v] for v in group.results)
 
     # -- what may be inside
 
@@ -342,7 +353,9 @@ class _Finder:
                     inside.add(maker)
                     made.update(maker.results)
                     waiting.append(maker)
-                elif maker is not None and (maker.name in _VIEWS or (value.type.size == rows * columns and self._is_light(value, rows * columns))):
+                elif maker is not None and (
+                    maker.name in _VIEWS or _widens(maker) or (value.type.size == rows * columns and self._is_light(value, rows * columns))
+                ):
                     free[maker] = None
                     made.update(maker.results)
                     waiting.append(maker)
@@ -367,12 +380,17 @@ class _Finder:
         return island
 
     def _with_readers(self, island: _Island, rows: int, columns: int) -> _Island | None:
-        """The island with what reads one of its outputs: all that does, if it is of full size, which saves the output."""
+        """The island with what reads one of its outputs (all that does, if it is of full size), and what reads the results of that, until it pays."""
         for value in island.outputs:
-            more = self._readers(value, island.inside, rows, columns)
-            larger = self._closed({*island.inside, *more}, rows, columns) if more else None
-            if larger and self._pays(island, larger, rows * columns):
-                return larger
+            larger, ends = island, [value]
+            for _ in range(_AHEAD):
+                more = {step for end in ends for step in self._readers(end, larger.inside, rows, columns)}
+                found = self._closed({*larger.inside, *more}, rows, columns) if more else None
+                if found is None:
+                    break
+                if self._pays(island, found, rows * columns):
+                    return found
+                larger, ends = found, [v for v in found.outputs if v not in island.outputs]
         return None
 
     def _pays(self, island: _Island, larger: _Island, size: int) -> bool:
@@ -385,8 +403,10 @@ class _Finder:
 
     def _with_sibling(self, island: _Island, rows: int, columns: int) -> _Island | None:
         """The island with what else begins at one of its operands: it is read once for both (a cross entropy and its gradient)."""
-        for value in island.operands:
-            for step in self.readers.get(value, {}) if value.type.size == rows * columns else ():
+        for value in (v for v in island.operands if v.type.size == rows * columns):
+            near = list(self.readers.get(value, {}))
+            near += [after for step in near if is_elementwise(step.name) for v in step.results for after in self.readers.get(v, {})]
+            for step in near:
                 if step.name in ROOTS and step not in island.inside and self._fits(step, rows, columns):
                     both = self._closed({*island.inside, step}, rows, columns)
                     larger = both and self._grown(both, rows, columns)
@@ -441,3 +461,49 @@ def _put(value: Value, pool: Mapping[Value, Step], steps: dict[Step, None]) -> N
             continue
         waiting.append((current, True))
         waiting += [(v, False) for v in step.operands]
+
+
+# ---- several islands -----------------------------------------------------------------------------------------------------------------
+
+
+def _shared(groups: list[Step]) -> list[Step]:
+    """The groups, in order; what several of them would reduce, the first gives to the others: a gradient reads the sums of the forward pass."""
+    numbers: dict[object, int] = {}
+    first: dict[int, tuple[int, Value]] = {}
+    given: list[dict[Value, Value]] = [{} for _ in groups]  # a group's own sum -> what others read
+    known: list[dict[Value, Value]] = [{} for _ in groups]  # a group's own sum -> what it reads
+    for i, group in enumerate(groups):
+        for step, number in _numbered(group.original, numbers):
+            if step.name == "stablehlo.reduce":
+                own = step.results[0]
+                at, value = first.setdefault(number, (i, own))
+                if at < i and (group.rows, group.columns) == (groups[at].rows, groups[at].columns):
+                    known[i][own] = given[at].setdefault(value, Value(value.type))
+    return [_with_known(*parts) if parts[1] or parts[2] else parts[0] for parts in zip(groups, given, known, strict=True)]
+
+
+def _numbered(region: Region, numbers: dict[object, int]) -> Iterator[tuple[Step, int]]:
+    """Each step with the number of the expression that it is."""
+    of: dict[Value, int] = {v: numbers.setdefault(v, len(numbers)) for v in region.arguments}
+    for step in region.steps:
+        if step.name == "stablehlo.constant":
+            what: tuple[object, ...] = (step.result, np.ascontiguousarray(step.value).tobytes())
+        else:
+            what = (step.result, repr(sorted(step.attributes.items())), *(folds(body) for body in step.regions))
+        number = numbers.setdefault((step.name, *what, *(of[v] for v in step.operands)), len(numbers))
+        of[step.results[0]] = number
+        yield step, number
+
+
+def _with_known(group: Step, given: Mapping[Value, Value], known: Mapping[Value, Value]) -> Step:
+    """The group with more results, and with other groups' in place of its own sums."""
+    old = group.original
+    views = [Step("stablehlo.reshape", (a,), (b,), text=()) for a, b in (*given.items(), *((value, own) for own, value in known.items()))]
+    pool = {step.results[0]: step for step in (*old.steps, *views)}
+    results = (*old.results, *given.values())
+    steps: dict[Step, None] = {}
+    for value in results:
+        _put(value, pool, steps)
+    read = {v for step in steps for v in step.operands}
+    operands = tuple(v for v in (*old.arguments, *known.values()) if v in read)
+    return replace(group, operands=operands, results=results, attributes={**group.attributes, "original": Region(operands, tuple(steps), results)})

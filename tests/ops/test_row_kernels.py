@@ -330,6 +330,28 @@ def test_cross_entropy(f, columns, cuda) -> None:
     assert sum(t == f"tensor<6x4x{columns}xf32>" for t in reads_of(plan)[0]) == 1
 
 
+def test_half_logits(cuda) -> None:
+    """Nothing is kept of them in float32."""
+    x = normal(6, 4, 72, dtype="bfloat16")
+    plan = run(jax.value_and_grad(lambda x, labels: of_optax(x.astype(np.float32), labels)), x, LABELS, names=["in_bounds", "row_kernel"], atol=1e-4)
+    assert not any(v.type.size == x.size and v.dtype == "float32" for step in plan.steps for v in step.results)
+
+
+def weighted(x, labels, weights):
+    losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+    return (losses * weights).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("columns", [64, 4400])
+def test_shared_sums(columns, cuda) -> None:
+    """What comes between the loss and its gradient keeps them apart: the first gives the second the rows' maxima and sums."""
+    args = normal(6, 4, columns), LABELS, R.random((6, 4)).astype(np.float32)
+    plan = run(jax.value_and_grad(weighted), *args, names=["in_bounds", "row_kernel", "row_kernel"])
+    forward, backward = (step for step in plan.steps if step.name == "jax_mps.row_kernel")
+    assert len(forward.results) == 3 and set(forward.results[1:]) < set(backward.operands)
+    assert "shfl" in cuda[0] and "shfl" not in cuda[1]
+
+
 # ---- any other steps -------------------------------------------------------------------------------------------------------------------
 
 

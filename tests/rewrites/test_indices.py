@@ -90,6 +90,15 @@ def test_of_all(f, args, left, device) -> None:
     assert sum(step.name.removeprefix("stablehlo.") in names for step in rewrite(plan_of(case)).steps) == left
 
 
+def test_of_converted(device) -> None:
+    """Some of a half type's numbers are taken before they are all converted, many afterwards."""
+    half = X.astype(np.float16)
+    for f, left in ((lambda x, i: jnp.take_along_axis(x.astype(np.float32), i, 1), "float16"), (lambda x, i: x.astype(np.float32)[i], "float32")):
+        case = Case("converted", f, (half, K if left == "float16" else I))
+        check(case)
+        assert [step.operand.dtype for step in rewrite(plan_of(case)).steps if step.name == "stablehlo.gather"] == [left]
+
+
 GATHER = """func.func @main(%x: tensor<6x7xf32>, %i: tensor<4xi32>) -> tensor<4x7xf32> {{
   %zero = stablehlo.constant dense<{zero}> : tensor<4xi32>
   %size = stablehlo.constant dense<{size}> : tensor<4xi32>
