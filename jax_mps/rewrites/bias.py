@@ -1,6 +1,7 @@
 """A product and the row that is added to it, where nothing follows that the sum would be fused with: on CUDA the product's kernel adds it.
 
-Where a residual or an activation follows, `mx.compile` makes one kernel of that and the sum.
+Where a residual or an activation follows, `mx.compile` makes one kernel of that and the sum; unless the sum is in memory anyway, since its gradient
+reads it much later.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jax_mps.ops.registry import is_elementwise
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, Value
 from jax_mps.rewrites.match import fuse, origin
+from jax_mps.rewrites.recompute import LATE, note_stage
 from jax_mps.rewrites.table import Scope
 
 ROOTS = frozenset(["stablehlo.dot_general"])
@@ -23,6 +25,11 @@ def biased_products(steps: Sequence[Step], scope: Scope) -> list[Step]:
     if device_kind() != "cuda":
         return []
     fused = {value for step in steps if is_elementwise(step.name) for value in step.operands}
+    stages: dict[Value, int] = {}
+    for step in steps:
+        note_stage(step, stages)
+        if step.results:
+            fused -= {value for value in step.operands if stages[step.results[0]] - stages.get(value, 0) >= LATE}
     sums = [step for step in steps if step.name == "stablehlo.add" and step.results[0] not in fused]
     found = (_biased(step, step.operands[i], step.operands[1 - i], scope) for step in sums for i in (0, 1))
     return [step for step in found if step is not None]

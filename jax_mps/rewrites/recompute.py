@@ -41,6 +41,16 @@ def recomputed(plan: Plan) -> Plan:
     return plan if body is plan.body else replace(plan, body=body)
 
 
+def _is_inside(step: Step) -> bool:
+    return step.name in _VIEWS or is_elementwise(step.name)
+
+
+def note_stage(step: Step, stages: dict[Value, int]) -> None:
+    """How many kernels' ends lead to a step's results at least."""
+    stage = max((stages.get(value, 0) for value in step.reads()), default=0) + (not _is_inside(step))
+    stages.update(dict.fromkeys(step.results, stage))
+
+
 def _region(region: Region) -> Region:
     steps = tuple(_with_regions(step) for step in region.steps)
     region = region if all(a is b for a, b in zip(steps, region.steps, strict=True)) else Region(region.arguments, steps, region.results)
@@ -87,14 +97,10 @@ class _Writer:
 
     def _place(self, step: Step) -> None:
         """How many kernels' ends lead to a step at least, and the last value on the longest way there that is not inside of a kernel."""
-        latest, stage = None, -1
-        for value in step.reads():
-            if (other := self.stages.get(value, 0)) > stage:
-                latest, stage = value, other
-        stage = max(stage, 0)
-        inside = step.name in _VIEWS or is_elementwise(step.name)
+        latest = max(step.reads(), key=lambda value: self.stages.get(value, 0), default=None)
+        note_stage(step, self.stages)
+        inside = _is_inside(step)
         for value in step.results:
-            self.stages[value] = stage if inside else stage + 1
             self.roots[value] = self.roots.get(latest, latest) if inside and latest is not None else value
 
     def _is_late(self, value: Value, reader: Step) -> bool:

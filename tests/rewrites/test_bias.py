@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.harness import Case
-from rewrites.proof import prove, refuse
+from ops.harness import Case, plan_of
+from rewrites.proof import fused, prove, refuse
 
-from jax_mps.rewrites import bias
+from jax_mps.rewrites import bias, rewrite
 
 R = np.random.default_rng(0)
 X, W, B = (R.normal(size=shape).astype(np.float32) for shape in ((2, 6, 10), (10, 6), (6,)))
@@ -57,3 +57,15 @@ def test_near_misses(f) -> None:
 def test_only_on_cuda(monkeypatch) -> None:
     monkeypatch.setattr(bias, "device_kind", lambda: "metal")
     refuse(Case("metal", lambda x, w, b: x @ w + b, (X, W, B)))
+
+
+def test_a_sum_that_its_gradient_reads_takes_the_bias_along() -> None:
+    """It is in memory for that; without a gradient it is a part of what follows."""
+
+    def f(x, w, b, v):
+        return ((jax.nn.gelu(x @ w + b) @ v @ v.T) ** 2).sum()
+
+    args = tuple(0.2 * R.normal(size=shape).astype(np.float32) for shape in ((8, 16), (16, 32), (32,), (32, 4)))
+    assert "biased_product" not in fused(rewrite(plan_of(Case("gelu", f, args))))
+    case = Case("gelu and its gradient", jax.value_and_grad(f, argnums=(0, 1, 2)), args, rtol=1e-4, atol=1e-5)  # sums of products in another order
+    prove(case, "biased_product", rtol=1e-4, atol=1e-5)
