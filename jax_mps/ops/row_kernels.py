@@ -38,6 +38,7 @@ FOLDS: Mapping[str, tuple[str, float]] = {
 
 # Threads of a block that has one row or several; numbers that a thread holds of each operand. Up to 256 threads have as many registers as they want.
 _WARP, _BLOCK, _HELD = 32, 128, 16
+_LEAST_TEAM = 4
 _MOST_TEAM = 256
 _LONG_TEAM, _LONG_HELD = 512, 8  # of rows that do not fit
 
@@ -301,11 +302,11 @@ def is_held(columns: int) -> bool:
 
 
 def _shape_of(columns: int, run: int) -> _Shape:
-    team = _WARP
-    while team < _MOST_TEAM and columns > team * _HELD:
+    team = _LEAST_TEAM
+    while team < _MOST_TEAM and columns > team * (run if team < _WARP else _HELD):
         team *= 2
     if is_held(columns):
-        return _Shape(team, _BLOCK // team if team == _WARP else 1, run, -(-columns // (team * run)), True)
+        return _Shape(team, _BLOCK // team if team <= _WARP else 1, run, -(-columns // (team * run)), True)
     return _Shape(_LONG_TEAM, 1, run, max(1, _LONG_HELD // run), False)
 
 
@@ -329,7 +330,8 @@ class _Writer:
         arrays = [n for n in self.nodes if n.kind == "load"]
         self.arguments = tuple(sorted({n.argument for n in arrays}))
         whole = [graph.region.arguments[n.argument].dtype for n in arrays if n.spread]
-        whole += [self.nodes[n].dtype for n in results if self.nodes[n].spread]
+        self.large = [i for i, v in enumerate(graph.region.results) if v.type.size == graph.rows * graph.columns]
+        whole += [graph.region.results[i].dtype for i in self.large]
         widest = max((numpy_dtype(dtype).itemsize for dtype in whole), default=4)
         run = max(1, 16 // widest)
         self.shape = _shape_of(graph.columns, run if graph.columns % run == 0 else 1)
@@ -399,8 +401,7 @@ class _Writer:
             yield from self._pass(stage, found)
             known |= set(found)
         for i, n in enumerate(self.results):
-            node = self.nodes[n]
-            if not node.spread:
+            if i not in self.large:
                 dtype = self.graph.region.results[i].dtype
                 yield f"if (live && lane == 0) out{i}[row] = {cuda_text.store(dtype, self._ref(n))};"
 
@@ -409,7 +410,7 @@ class _Writer:
         if self.shape.run == 1:
             return "true"
         names = {f"in{node.argument}": node.dtype for node in self.nodes if node.kind == "load" and self._is_in_runs(node)}
-        names |= {f"out{i}": v.dtype for i, v in enumerate(self.graph.region.results) if self.nodes[self.results[i]].spread}
+        names |= {f"out{i}": self.graph.region.results[i].dtype for i in self.large}
         return " && ".join(f"(size_t){name} % {min(16, self.shape.run * numpy_dtype(dtype).itemsize)} == 0" for name, dtype in names.items()) or "true"
 
     def _is_in_runs(self, node: _Node) -> bool:
@@ -462,7 +463,7 @@ class _Writer:
     def _pass(self, stage: int, found: list[int]) -> Iterator[str]:
         """One pass over the row: what it reads, what it computes, what it reduces or writes."""
         done = [n for n, node in enumerate(self.nodes) if node.kind == "fold" and node.stage == stage + 1]
-        outputs = [(i, n) for i, n in enumerate(self.results) if self.nodes[n].spread] if stage == self.last else []
+        outputs = [(i, self.results[i]) for i in self.large] if stage == self.last else []
         reads = [n for n in found if self.nodes[n].kind == "load" and self._is_in_runs(self.nodes[n])]
         for n in done:
             yield f"float f{n} = {cuda_text.constant('float32', FOLDS[self.nodes[n].name][1])};"
@@ -538,7 +539,7 @@ class _Writer:
 
     def _together(self, done: list[int]) -> Iterator[str]:
         """The folds of all threads of a row, in each of them."""
-        yield "for (int o = 16; o > 0; o /= 2) {"
+        yield "for (int o = (TEAM < 32 ? TEAM : 32) / 2; o > 0; o /= 2) {"
         yield from (self._combined(n, *(f"__shfl_xor_sync(0xffffffffu, {name}{n}, o)" for name in "fs")) for n in done)
         yield "}"
         if self.shape.team > _WARP:

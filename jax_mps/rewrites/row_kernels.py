@@ -349,7 +349,7 @@ class _Finder:
                 if (known := self._free(value)) is not None:
                     free.update(dict.fromkeys(known))
                     made.update(v for s in known for v in s.results)
-                elif maker is not None and value in self.place and self._is_read_within(value, inside) and self._fits(maker, rows, columns):
+                elif maker is not None and value in self.place and self._is_inner(maker, inside, rows, columns):
                     inside.add(maker)
                     made.update(maker.results)
                     waiting.append(maker)
@@ -363,11 +363,17 @@ class _Finder:
                     operands[value] = None
             if len(inside) > _MOST_STEPS or len(operands) > _MOST_ARRAYS:
                 return None
+        if again := {step for step in free if step.results[0] in self.place and self._is_inner(step, inside, rows, columns)}:
+            return self._closed(inside | again, rows, columns)  # what else reads them came in later
         operands = {v: None for v in operands if v not in made}
         outputs = tuple(v for step in sorted(inside, key=self._place) for v in step.results if not self._is_read_within(v, inside))
         first = min((self.place[v] for v in outputs), default=-1)
         late = any(self.place.get(v, -1) >= first for v in operands)
         return None if late or len(operands) + len(outputs) > _MOST_ARRAYS else _Island(frozenset(inside), tuple(operands), outputs, tuple(free))
+
+    def _is_inner(self, step: Step, inside: set[Step], rows: int, columns: int) -> bool:
+        """Whether only these steps read what a step makes, and the kernel may compute it."""
+        return step not in inside and self._is_read_within(step.results[0], inside) and self._fits(step, rows, columns)
 
     def _is_read_within(self, value: Value, inside: Iterable[Step]) -> bool:
         """Whether all reads of a value are by these steps."""
