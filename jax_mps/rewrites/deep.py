@@ -1,7 +1,7 @@
 """Elementwise steps that are too deep for one of MLX's fused kernels, as one kernel of our own; on CUDA.
 
-`mx.compile` (0.32) follows operands eleven steps back and no further, broadcasts counted, and starts another kernel there, which writes its result to
-memory and reads it again: a gelu's gradient is three kernels. Ours (ops/row_kernels.py) holds as many steps as there are. Large arrays alone: of small
+`mx.compile` (0.32) makes one kernel of eleven steps that read each other, and starts another one before these, which writes its result to memory: a
+gelu's gradient is three kernels. Ours (ops/row_kernels.py) holds as many steps as there are. Large arrays alone: of small
 ones, the start of a kernel is what they cost.
 
 An island is a step of full size and what leads to it: steps that only the island reads, and those that others read after it, which are written too.
@@ -20,10 +20,10 @@ from jax_mps.ops.target import device_kind
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.types import Plan, Region, Step, Value
 
-DEEPEST = 10  # steps, the last and a broadcast at the end counted, that MLX fuses in any case
+DEEPEST = 11  # steps that MLX fuses in any case
 LEAST = 1 << 20  # elements
 _FEWEST_ROWS, _FEWEST_COLUMNS = 128, 32
-_MOST_STEPS, _MOST_ARRAYS, _MOST_OUTPUTS = 64, 8, 2
+_MOST_STEPS, _MOST_ARRAYS, _MOST_OUTPUTS = 64, 8, 3
 _SMALLER = 16  # what is so many times smaller is read where it is needed
 
 _SPREAD = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.constant"])
@@ -77,7 +77,7 @@ class _Finder:
                 self.readers.setdefault(value, []).append(step)
             if _is_inside(step):
                 before = [self.made.get(v) for v in step.operands]
-                self.depth[step] = 1 + max((self.depth.get(s, int(s.name in _SPREAD)) for s in before if s is not None), default=0)
+                self.depth[step] = 1 + max((self.depth.get(s, 0) for s in before if s is not None), default=0)
         self.results = frozenset(region.results)
         self.taken: set[Step] = set()
 
@@ -115,7 +115,7 @@ class _Finder:
         depth: dict[Step, int] = {}
         for step in sorted(island, key=self.place.__getitem__):
             before = [s for v in step.operands if (s := self.made.get(v)) is not None]
-            depth[step] = 1 + max((depth.get(s, int(s.name in _SPREAD)) for s in before), default=0)
+            depth[step] = 1 + max((depth.get(s, 0) for s in before), default=0)
         return max(depth.values())
 
     def _group(self, island: Mapping[Step, None], outputs: Sequence[Value]) -> Step | None:
