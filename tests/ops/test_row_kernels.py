@@ -130,7 +130,7 @@ def kernel_on_cpu(source: str, arguments: tuple[int, ...], results: int, offset:
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         sizes, *arrays = (placed(to_numpy(x), offset) for x in inputs)
-        outs = [placed(to_numpy(mx.full(shape, 7, dtype)), offset) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        outs = [placed(to_numpy(mx.full(shape, 7).astype(dtype)), offset) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         run = compiled(source, tuple(x.dtype for x in inputs[1:]), tuple(output_dtypes), arguments)
         pointers = [a.ctypes.data for a in (sizes, *arrays, *outs)]
         run(grid[0] // threadgroup[0], threadgroup[0], (ctypes.c_void_p * len(pointers))(*pointers))
@@ -467,6 +467,57 @@ def test_on_the_host(cuda) -> None:
     plan, program, arguments = lowered(case, rewritten=True)
     text = Case("host", module_text(plan.arguments, plan.steps, plan.results), case.args, 1e-5, 1e-6)
     assert_same(results_of(plan, program(*arguments), case), reference(text), text)
+
+
+# ---- programs that nobody wrote --------------------------------------------------------------------------------------------------------
+
+SHAPE = (2, 3, 40)
+OPERANDS = [SHAPE, SHAPE, (3, 40), (40,), (2, 1, 1), (2, 3, 1), (2, 1, 40), ()]
+STEPS = [
+    lambda x, y, labels: x + y,
+    lambda x, y, labels: 0.5 * x * y,
+    lambda x, y, labels: jnp.where(whole(x) > y, whole(x), 0.5 * y),
+    lambda x, y, labels: jax.nn.softmax(whole(x)),
+    lambda x, y, labels: 0.1 * jax.nn.log_softmax(whole(x)),
+    lambda x, y, labels: 0.3 * jax.nn.logsumexp(whole(x), axis=-1, keepdims=True),
+    lambda x, y, labels: whole(x).max(-1, keepdims=True),
+    lambda x, y, labels: whole(0.05 * whole(x).sum(-1, keepdims=True)),
+    lambda x, y, labels: whole(x).reshape(6, 40).mean(-1).reshape(2, 3, 1) + y,
+    lambda x, y, labels: x * (lax.broadcasted_iota(np.int32, SHAPE, 2) == labels[..., None]),
+    lambda x, y, labels: jnp.where(lax.broadcasted_iota(np.int32, SHAPE, 1) > 1, whole(x), y),
+    lambda x, y, labels: jnp.tanh(x),
+]
+
+
+def whole(x):
+    return jnp.broadcast_to(x, SHAPE)
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_programs(seed, long, cuda, monkeypatch) -> None:
+    """Steps that read any two of those before, forward and backward; also with rows that do not fit into registers."""
+    if long:
+        for name, value in {"_MOST_TEAM": 4, "_HELD": 4, "_LONG_TEAM": 64, "_LONG_HELD": 4}.items():
+            monkeypatch.setattr(row_kernels, name, value)
+    draw = np.random.default_rng(seed)
+    steps = [(STEPS[draw.integers(len(STEPS))], *draw.random(2)) for _ in range(10)]
+    args = [draw.normal(size=OPERANDS[i]).astype(np.float32) for i in (0, *draw.integers(len(OPERANDS), size=2))]
+
+    def f(labels, *values):
+        values = list(values)
+        for step, a, b in steps:
+            values.append(step(values[int(a * len(values))], values[int(b * len(values))], labels))
+        return values[-1], values[-4]
+
+    def both(labels, *args):
+        y, pull = jax.vjp(lambda *args: f(labels, *args), *args)
+        return y, pull(y)
+
+    case = Case("random", both, (draw.integers(-2, 40, (2, 3)).astype(np.int32), *args), 1e-4, 1e-4)  # sums of what nearly cancels
+    plan, program, arguments = lowered(case, rewritten=True)
+    plain_plan, plain, _ = lowered(case)
+    assert_same(results_of(plan, program(*arguments), case), results_of(plain_plan, plain(*arguments), case), case)
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------------------------
