@@ -40,7 +40,7 @@ FOLDS: Mapping[str, tuple[str, float]] = {
 _WARP, _BLOCK, _HELD = 32, 128, 16
 _LEAST_TEAM = 4
 _MOST_TEAM = 256
-_LONG_TEAM, _LONG_HELD = 512, 8  # of rows that do not fit
+_LONG_TEAM, _LONG_HELD, _FEW = 512, 8, 4  # of rows that do not fit; with so many arrays, 128 registers are enough
 
 _HEADER = """
 __device__ inline float jax_higher(float a, float b) {  // NaN wins
@@ -301,13 +301,13 @@ def is_held(columns: int) -> bool:
     return columns <= _MOST_TEAM * _HELD
 
 
-def _shape_of(columns: int, run: int) -> _Shape:
+def _shape_of(columns: int, run: int, arrays: int) -> _Shape:
     team = _LEAST_TEAM
     while team < _MOST_TEAM and columns > team * (run if team < _WARP else _HELD):
         team *= 2
     if is_held(columns):
         return _Shape(team, _BLOCK // team if team <= _WARP else 1, run, -(-columns // (team * run)), True)
-    return _Shape(_LONG_TEAM, 1, run, max(1, _LONG_HELD // run), False)
+    return _Shape(_LONG_TEAM if arrays <= _FEW else _MOST_TEAM, 1, run, max(1, _LONG_HELD // run), False)
 
 
 def kernel_of(region: Region, rows: int, columns: int) -> Kernel:
@@ -334,7 +334,7 @@ class _Writer:
         whole += [graph.region.results[i].dtype for i in self.large]
         widest = max((numpy_dtype(dtype).itemsize for dtype in whole), default=4)
         run = max(1, 16 // widest)
-        self.shape = _shape_of(graph.columns, run if graph.columns % run == 0 else 1)
+        self.shape = _shape_of(graph.columns, run if graph.columns % run == 0 else 1, len(whole))
         self.last = max((n.stage for n in self.nodes), default=0)
         self.targets = [self._folded(stage) for stage in range(self.last)] + [[n for n in results if self.nodes[n].spread]]
         self.kept = self._kept()
