@@ -5,6 +5,8 @@ between two of them. An island of such steps grows from a reduction, or from wha
 results only the island reads, and steps that leave nothing else to read what the island holds.
 
 Cheap steps that are made of positions and constants alone (a causal mask) are computed in place, by as many islands as read them; so are broadcasts.
+
+Arrays are large; in the bodies of loops, they may be small where the kernel does the work of three or more.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from jax_mps.rewrites.match import splat
 from jax_mps.rewrites.table import Scope
 
 _FEWEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 18, 128, 32  # elements; rows, one or more for each processor; columns
+_FEWEST_IN_LOOP, _LONGEST_IN_LOOP = 4, 1 << 12  # columns of small arrays; what they cost is the start of a kernel, in each iteration
+_LEAST_SAVED = 2  # kernels of MLX's, for small arrays
 _MOST_ROWS = 1 << 26
 _MOST_STEPS, _MOST_ARRAYS = 48, 8  # of one kernel: enough for what JAX writes, and few registers
 _MOST_FREE = 12  # steps from positions to a mask
@@ -187,8 +191,10 @@ def row_kernels_of(steps: Sequence[Step], scope: Scope) -> list[Step]:
     if device_kind() != "cuda":
         return []
     seeds = [(step, sizes) for step in steps if step.name in ROOTS and (sizes := _sizes(step, scope)) is not None]
-    if not seeds:
+    if not any(_is_large(*sizes) for _, sizes in seeds) and (not seeds or _is_outermost(steps, scope)):
         return []
+    inner = not _is_outermost(steps, scope)
+    seeds = [(step, sizes) for step, sizes in seeds if inner or _is_large(*sizes)]
     finder = _Finder(steps, scope)
     for step, sizes in reversed(seeds):  # gradients read the softmax, and leave what that is made of to it
         finder.grow(step, *sizes)
@@ -202,9 +208,21 @@ def _sizes(step: Step, scope: Scope) -> tuple[int, int] | None:
         sizes = (math.prod(shape[:-1]), shape[-1]) if step.operand.dtype in row_kernels.FLOATS and shape else None
     else:
         sizes = row_kernels.along_rows(step, splat(step.operands[1], scope)) if len(step.results) == 1 else None
-    if sizes is None or not _FEWEST_ROWS <= sizes[0] < _MOST_ROWS or sizes[1] < _FEWEST_COLUMNS or math.prod(sizes) < _FEWEST:
-        return None
-    return sizes
+    return sizes if sizes is not None and (_is_large(*sizes) or _is_small(*sizes)) else None
+
+
+def _is_large(rows: int, columns: int) -> bool:
+    return _FEWEST_ROWS <= rows < _MOST_ROWS and columns >= _FEWEST_COLUMNS and rows * columns >= _FEWEST
+
+
+def _is_small(rows: int, columns: int) -> bool:
+    return rows > 1 and _FEWEST_IN_LOOP <= columns <= _LONGEST_IN_LOOP and rows * columns < _FEWEST
+
+
+def _is_outermost(steps: Sequence[Step], scope: Scope) -> bool:
+    """Whether these are the program's own steps, and not those of a loop or branch."""
+    last = next((value for step in reversed(steps) for value in step.results), None)
+    return any(last in step.results for step in reversed(scope.body.steps))
 
 
 def _widens(step: Step) -> bool:
@@ -437,7 +455,9 @@ class _Finder:
     # -- the step
 
     def _group(self, island: _Island, rows: int, columns: int) -> Step | None:
-        """The step for an island; None if it saves nothing, or its kernel cannot be written."""
+        """The step for an island; None if it saves nothing, or too little, or its kernel cannot be written."""
+        if not _is_large(rows, columns) and _kernels_of(island.inside) - 1 < _LEAST_SAVED:
+            return None
         ordered = sorted(island.inside, key=self._place)
         pool = {part.results[0]: part for part in (*island.free, *(part for step in ordered for part in self._parts(step)))}
         steps: dict[Step, None] = {}
@@ -452,6 +472,15 @@ class _Finder:
         last = ordered[-1]
         given = {"rows": rows, "columns": columns, "original": original}
         return Step("jax_mps.row_kernel", island.operands, island.outputs, given, location=last.location, text=())
+
+
+def _kernels_of(steps: Iterable[Step]) -> int:
+    """How many of MLX's kernels, at least, do what these steps do."""
+    names = [step.name for step in steps if step.name not in _VIEWS]
+    return sum(_KERNELS.get(name, 1) for name in names if name in _KERNELS or not is_elementwise(name)) + any(map(is_elementwise, names))
+
+
+_KERNELS = {"jax_mps.log_softmax": 4, "jax_mps.logsumexp": 3, "jax_mps.softmax_gradient": 3, "jax_mps.softmax_times": 2}
 
 
 def _put(value: Value, pool: Mapping[Value, Step], steps: dict[Step, None]) -> None:

@@ -541,3 +541,50 @@ def test_coordinates(shape) -> None:
 
 def test_dimensions_that_rows_end_within() -> None:
     assert row_kernels.coordinates(row_kernels.whole_index(6, 10), (4, 15)) is None
+
+
+# ---- small arrays ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_loops(monkeypatch):
+    """As on CUDA, of arrays as large as they have to be; gives the islands of a function, as they are and in a loop's body."""
+    for module in (row_kernels, islands):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+
+    def count(f, x):
+        looped = lambda x: lax.fori_loop(0, 1000, lambda i, x: f(x), x)  # noqa: E731
+        plans = [rewrite(plan_of(Case("small", g, (x,)))) for g in (f, looped)]
+        return [sum(step.name == "jax_mps.row_kernel" for step in plan.body.walk()) for plan in plans]
+
+    return count
+
+
+LABELS = np.arange(128, dtype=np.int32) % 10
+
+
+@pytest.mark.parametrize("f", [
+    jax.grad(lambda x: optax.softmax_cross_entropy_with_integer_labels(x, LABELS).mean()),
+    jax.nn.log_softmax,
+    lambda x: (x - x.min(-1, keepdims=True)) / x.max(-1, keepdims=True),
+])  # fmt: skip
+def test_small_arrays_in_loops(f, in_loops) -> None:
+    plain, looped = in_loops(f, normal(128, 10))
+    assert plain == 0 and looped >= 1
+
+
+@pytest.mark.parametrize(("f", "shape"), [
+    (jax.nn.softmax, (128, 10)),  # one of MLX's kernels
+    (lambda x: x - x.sum(-1, keepdims=True), (128, 10)),  # two
+    (jax.nn.log_softmax, (1, 10)),  # no rows
+    (jax.nn.log_softmax, (128, 3)),
+    (jax.nn.log_softmax, (3, 5000)),  # a row that is read twice, by few processors
+])  # fmt: skip
+def test_small_arrays_that_stay(f, shape, in_loops) -> None:
+    assert in_loops(f, normal(*shape)) == [0, 0]
+
+
+def test_large_arrays_beside_small_ones(in_loops) -> None:
+    """Outside of loops, only the large ones."""
+    plain, looped = in_loops(lambda x: x + jax.nn.log_softmax(jax.nn.log_softmax(x, axis=-1)[:4, :40] * 2).sum(), normal(512, 512))
+    assert plain == 1 and looped == 2
