@@ -62,8 +62,9 @@ def compiled(recipe, members):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """The plan and its lowering for CUDA."""
+    """The plan and its lowering for CUDA, of updates with any number of results."""
     needs_compiler()
+    monkeypatch.setattr(join, "_ROOM", 1)
     monkeypatch.setattr(join, "device_kind", lambda: "cuda")
     monkeypatch.setattr(kernels, "_kernel", compiled)
 
@@ -242,3 +243,13 @@ def test_on_no_other_device(monkeypatch) -> None:
     for device in ("cpu", "metal"):
         monkeypatch.setattr(join, "device_kind", lambda device=device: device)
         assert counts(rewrite(plan_of(case))) == []
+
+
+@pytest.mark.parametrize(("name", "joined"), [("sgd", True), ("momentum", True), ("adamw", False)])
+def test_where_it_pays(name, joined, monkeypatch) -> None:
+    """Of many results, MLX's lists of them cost the host more than kernels."""
+    monkeypatch.setattr(join, "device_kind", lambda: "cuda")
+    parameters, gradients = trees()
+    optimizer = OPTIMIZERS[name]
+    args = (parameters, gradients, jax.tree.map(np.asarray, optimizer.init(parameters)))
+    assert bool(counts(rewrite(plan_of(Case(name, updated(optimizer), args))))) == joined
