@@ -560,11 +560,11 @@ def in_loops(monkeypatch):
     return count
 
 
-LABELS = np.arange(128, dtype=np.int32) % 10
+DIGITS = np.arange(128, dtype=np.int32) % 10
 
 
 @pytest.mark.parametrize("f", [
-    jax.grad(lambda x: optax.softmax_cross_entropy_with_integer_labels(x, LABELS).mean()),
+    jax.grad(lambda x: optax.softmax_cross_entropy_with_integer_labels(x, DIGITS).mean()),
     jax.nn.log_softmax,
     lambda x: (x - x.min(-1, keepdims=True)) / x.max(-1, keepdims=True),
 ])  # fmt: skip
