@@ -191,10 +191,10 @@ def row_kernels_of(steps: Sequence[Step], scope: Scope) -> list[Step]:
     if device_kind() != "cuda":
         return []
     seeds = [(step, sizes) for step in steps if step.name in ROOTS and (sizes := _sizes(step, scope)) is not None]
-    if not any(_is_large(*sizes) for _, sizes in seeds) and (not seeds or _is_outermost(steps, scope)):
+    if seeds and _is_outermost(steps, scope):
+        seeds = [(step, sizes) for step, sizes in seeds if _is_large(*sizes)]
+    if not seeds:
         return []
-    inner = not _is_outermost(steps, scope)
-    seeds = [(step, sizes) for step, sizes in seeds if inner or _is_large(*sizes)]
     finder = _Finder(steps, scope)
     for step, sizes in reversed(seeds):  # gradients read the softmax, and leave what that is made of to it
         finder.grow(step, *sizes)
@@ -221,8 +221,7 @@ def _is_small(rows: int, columns: int) -> bool:
 
 def _is_outermost(steps: Sequence[Step], scope: Scope) -> bool:
     """Whether these are the program's own steps, and not those of a loop or branch."""
-    last = next((value for step in reversed(steps) for value in step.results), None)
-    return any(last in step.results for step in reversed(scope.body.steps))
+    return all(steps[i].results == scope.body.steps[i].results for i in (0, -1))  # each step is what another with its results became
 
 
 def _widens(step: Step) -> bool:
