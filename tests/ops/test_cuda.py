@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from jax import lax
+from ops.kernels import lower_for
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, joined, load_all, lookup, norm_rows, row_kernels, threefry
+from jax_mps.ops import columns, decoding, joined, lookup, norm_rows, row_kernels, threefry
 from jax_mps.rewrites import row_kernels as islands
 
 from .harness import Case, lowered
@@ -36,10 +36,7 @@ def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_all()  # what is imported later would keep the patched name
-    for name, module in list(sys.modules.items()):
-        if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
-            monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    lower_for("cuda", monkeypatch)
     for module in (columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
     monkeypatch.setattr(norm_rows, "_FEWEST", 0)

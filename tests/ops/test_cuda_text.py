@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from ops.harness import Case, plan_of
-from ops.kernels import library, needs_compiler
+from ops.kernels import NUMBERS, library, needs_compiler
 
 from jax_mps.ops import cuda_text
 from jax_mps.ops.dtypes import mx_array
@@ -67,31 +67,6 @@ BINARY = {
 BITWISE = {"and": lax.bitwise_and, "or": lax.bitwise_or, "xor": lax.bitwise_xor}
 INTEGER = {k: BINARY[k] for k in ("add", "subtract", "multiply", "maximum", "minimum", "select", "clamp", "eq", "ne", "lt", "le", "gt", "ge")} | BITWISE
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-
-CPP = """
-#include <bit>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#define __device__
-struct __half {{
-  _Float16 v;
-  explicit __half(float x) : v((_Float16)x) {{}}
-  operator float() const {{ return v; }}
-}};
-struct __nv_bfloat16 {{
-  uint16_t v;
-  explicit __nv_bfloat16(float x) {{
-    uint32_t u = std::bit_cast<uint32_t>(x);
-    v = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  }}
-  operator float() const {{ return std::bit_cast<float>((uint32_t)v << 16); }}
-}};
-static float __int_as_float(uint32_t x) {{ return std::bit_cast<float>(x); }}
-static float rsqrtf(float x) {{ return (float)(1 / std::sqrt((double)x)); }}
-{header}
-{functions}
-"""
 
 
 def arrays(dtype: str, count: int):
@@ -159,7 +134,7 @@ def compiled():
         if text is not None:
             functions.append(text)
             plans[name] = (f"f{i}", plan, args)
-    loaded = library(CPP.format(header=cuda_text.HEADER, functions="\n".join(functions)), "-O1", "-ffp-contract=off")
+    loaded = library("\n".join([NUMBERS, cuda_text.HEADER, *functions]), "-O1", "-ffp-contract=off")
     return {name: (getattr(loaded, function), plan, args) for name, (function, plan, args) in plans.items()}
 
 

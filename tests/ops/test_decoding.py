@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from ops.kernels import library, needs_compiler
+from ops.kernels import SHUFFLE, library, needs_compiler
 
 from jax_mps.ops import decoding
 
@@ -23,16 +23,9 @@ struct alignas(16) uint4 {{ unsigned x[4]; }};
 static Index blockDim;
 static thread_local Index blockIdx, threadIdx;
 static std::barrier<>* together;
-static float slots[512];
 static void __syncthreads() {{ together->arrive_and_wait(); }}
 static float __int_as_float(uint32_t bits) {{ float x; memcpy(&x, &bits, 4); return x; }}
-static float __shfl_xor_sync(unsigned, float v, int o) {{
-  slots[threadIdx.x] = v;
-  __syncthreads();
-  float other = slots[threadIdx.x ^ o];
-  __syncthreads();
-  return other;
-}}
+{shuffle}
 static void body(const float* numbers, const float* q, const float* k, const float* v, const {mask}* mask, float* out, const int* q_shape,
                  const int* k_shape, const int64_t* q_strides, const int64_t* k_strides, const int64_t* v_strides, const int64_t* mask_strides) {{
 {body}
@@ -60,7 +53,7 @@ HIDDEN = {"bool": "bool", "float32": "float", None: "float"}
 def run_kernel(q, k, v, mask, *, scale: float, causal: bool, mean: bool, threads: int) -> np.ndarray:
     kind = None if mask is None else str(mask.dtype)
     body = decoding.source("float32", q.shape[-1], v.shape[-1], kind)
-    run = library(CPP.format(body=body, mask=HIDDEN[kind]), "-O1", "-pthread").run
+    run = library(CPP.format(body=body, mask=HIDDEN[kind], shuffle=SHUFFLE), "-O1", "-pthread").run
     numbers = np.array([scale, causal, mean], np.float32)
     out = np.full((*q.shape[:-1], v.shape[-1]), np.nan, np.float32)
     arrays = [numbers, q, k, v, q if mask is None else np.broadcast_to(mask, (*q.shape[:-1], k.shape[2])), out]

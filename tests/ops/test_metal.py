@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from jax import lax
+from ops.kernels import lower_for
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import load_all
 
 from . import metal as facts
 from . import (
@@ -49,10 +48,7 @@ WIDE = ("WIDE", "X64", "BITS")  # tables of rows that need 64 bits
 
 @pytest.fixture
 def on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_all()  # what is imported later would keep the patched name
-    for name, module in list(sys.modules.items()):
-        if name.startswith("jax_mps.") and hasattr(module, "device_kind"):
-            monkeypatch.setattr(module, "device_kind", lambda: "metal")
+    lower_for("metal", monkeypatch)
 
 
 def rows(module: ModuleType) -> Iterator[tuple[Case, bool]]:

@@ -12,89 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from ops.harness import Case, assert_same, lowered, reference, results_of
-from ops.kernels import library, needs_compiler
+from ops.kernels import in_turns, library, needs_compiler
 from rewrites.test_norms import by_division, flax_layer_norm, flax_rms_norm, gpt, in_float32, llama, plain
 
 import jax_mps.ops.fused as fused_ops
 from jax_mps.ops import norm_rows
 from jax_mps.rewrites import norm_ends
-
-CPP = """
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <ucontext.h>
-#include <vector>
-#define __shared__ static
-struct Index {{ uint32_t x; }};
-struct alignas(16) uint4 {{ uint32_t x[4]; }};
-struct __half {{
-  _Float16 v;
-  __half() = default;
-  __half(float x) : v(x) {{}}
-  operator float() const {{ return v; }}
-}};
-struct __nv_bfloat16 {{
-  uint16_t v;
-  __nv_bfloat16() = default;
-  __nv_bfloat16(float x) {{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    v = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-  }}
-  operator float() const {{
-    uint32_t bits = (uint32_t)v << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-  }}
-}};
-static Index gridDim, blockIdx, threadIdx;
-static ucontext_t turns, threads[1024];
-static float slots[1024];
-static void __syncthreads() {{ swapcontext(&threads[threadIdx.x], &turns); }}
-static float __shfl_xor_sync(unsigned, float v, int o) {{
-  slots[threadIdx.x] = v;
-  __syncthreads();
-  float other = slots[threadIdx.x ^ o];
-  __syncthreads();
-  return other;
-}}
-static void* arguments[8];
-static void body({parameters}) {{
-{body}
-}}
-static bool done[1024];
-static void thread() {{
-  body({given});
-  done[threadIdx.x] = true;
-}}
-extern "C" void run(uint32_t blocks, uint32_t size, void** given) {{
-  gridDim.x = blocks;
-  memcpy(arguments, given, sizeof arguments);
-  std::vector<char> stacks(size * (1 << 16));
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {{
-    for (uint32_t t = 0; t < size; t++) {{
-      getcontext(&threads[t]);
-      threads[t].uc_stack.ss_sp = &stacks[t << 16];
-      threads[t].uc_stack.ss_size = 1 << 16;
-      threads[t].uc_link = &turns;
-      makecontext(&threads[t], thread, 0);
-      done[t] = false;
-    }}
-    for (bool left = true; left;) {{
-      left = false;
-      for (uint32_t t = 0; t < size; t++) {{
-        if (done[t]) continue;
-        threadIdx.x = t;
-        swapcontext(&turns, &threads[t]);
-        left |= !done[t];
-      }}
-    }}
-  }}
-}}
-"""
 
 
 def rows_of(array: mx.array) -> np.ndarray:
@@ -109,10 +32,9 @@ def compiled(how: norm_rows.Form, threads: int):
     names |= {"sizes": "uint32_t", "eps": "float", "scale": "float", "added": names["y"], "total": "float"}
     read = how.inputs
     order = [*read, "y", *(["total"] if how.sums else [])]
-    parameters = ", ".join(f"{'const ' if name in read else ''}{names[name]}* {name}" for name in order)
-    given = ", ".join(f"({names[name]}*)arguments[{i}]" for i, name in enumerate(order))
+    parameters = {name: f"{'const ' if name in read else ''}{names[name]}" for name in order}
     body = norm_rows.source(how).replace(norm_rows.BARRIER, "__syncthreads();")
-    run = library(CPP.format(parameters=parameters, body=body, given=given), "-O1").run
+    run = library(in_turns(body, parameters), "-O1").run
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         assert [len(inputs), grid[1:], threadgroup] == [len(read), (1, 1), (threads, 1, 1)]

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax import lax
 from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of, to_numpy
-from ops.kernels import library, needs_compiler
+from ops.kernels import in_turns, library, needs_compiler
 from rewrites.proof import fused
 
 from jax_mps.ops import row_kernels
@@ -24,85 +24,6 @@ from jax_mps.plan.text import module_text
 from jax_mps.rewrites import rewrite
 from jax_mps.rewrites import row_kernels as islands
 
-# A block's threads take turns, each until its next exchange with others.
-CPP = """
-#include <bit>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <vector>
-#include <ucontext.h>
-#define __shared__ static
-#define __device__
-struct __half {{
-  _Float16 v;
-  __half() = default;
-  explicit __half(float x) : v((_Float16)x) {{}}
-  operator float() const {{ return v; }}
-}};
-struct __nv_bfloat16 {{
-  uint16_t v;
-  __nv_bfloat16() = default;
-  explicit __nv_bfloat16(float x) {{
-    uint32_t u = std::bit_cast<uint32_t>(x);
-    v = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  }}
-  operator float() const {{ return std::bit_cast<float>((uint32_t)v << 16); }}
-}};
-struct Index {{ uint32_t x; }};
-static Index blockDim, blockIdx, threadIdx;
-static ucontext_t turn, threads[1024];
-static float slots[1024];
-static void __syncthreads() {{
-  uint32_t self = threadIdx.x;
-  swapcontext(&threads[self], &turn);
-  threadIdx.x = self;
-}}
-static float __int_as_float(uint32_t x) {{ return std::bit_cast<float>(x); }}
-static float rsqrtf(float x) {{ return (float)(1 / std::sqrt((double)x)); }}
-static float __shfl_xor_sync(unsigned, float v, int o) {{
-  slots[threadIdx.x] = v;
-  __syncthreads();
-  float other = slots[threadIdx.x ^ o];
-  __syncthreads();
-  return other;
-}}
-{header}
-static void body({parameters}) {{
-{body}
-}}
-static void** given;
-static bool ended[1024];
-static void thread() {{
-  body({arguments});
-  uint32_t self = threadIdx.x;
-  ended[self] = true;
-  swapcontext(&threads[self], &turn);
-}}
-extern "C" void run(uint32_t blocks, uint32_t count, void** pointers) {{
-  blockDim.x = count;
-  given = pointers;
-  std::vector<char> stacks((size_t)count << 16);
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {{
-    for (uint32_t t = 0; t < count; t++) {{
-      getcontext(&threads[t]);
-      threads[t].uc_stack.ss_sp = &stacks[(size_t)t << 16];
-      threads[t].uc_stack.ss_size = 1 << 16;
-      makecontext(&threads[t], thread, 0);
-      ended[t] = false;
-    }}
-    for (bool any = true; any;) {{
-      any = false;
-      for (uint32_t t = 0; t < count; t++) {{
-        if (ended[t]) continue;
-        any = true;
-        threadIdx.x = t;
-        swapcontext(&turn, &threads[t]);
-      }}
-    }}
-  }}
-}}
-"""
 NAMES = {mx.bool_: "bool", mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t", mx.uint32: "uint32_t"}
 
 
@@ -111,9 +32,7 @@ def compiled(source: str, inputs: tuple[mx.Dtype, ...], outputs: tuple[mx.Dtype,
     """The library's function for arrays of these types."""
     names = [("sizes", "const uint32_t"), *((f"in{i}", f"const {NAMES[t]}") for i, t in zip(arguments, inputs, strict=True))]
     names += [(f"out{i}", NAMES[t]) for i, t in enumerate(outputs)]
-    parameters = ", ".join(f"{kind}* {name}" for name, kind in names)
-    given = ", ".join(f"({kind}*)given[{i}]" for i, (_, kind) in enumerate(names))
-    return library(CPP.format(header=row_kernels.HEADER, body=source, parameters=parameters, arguments=given), "-O1", "-w", "-ffp-contract=off").run
+    return library(in_turns(source, dict(names), row_kernels.HEADER), "-O1", "-w", "-ffp-contract=off").run
 
 
 def placed(x: np.ndarray, offset: int) -> np.ndarray:

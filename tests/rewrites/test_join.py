@@ -12,8 +12,7 @@ import optax
 import pytest
 from jax import lax
 from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of, to_numpy
-from ops.kernels import library, needs_compiler
-from ops.test_cuda_text import CPP
+from ops.kernels import NUMBERS, library, needs_compiler
 
 from jax_mps.ops import joined as kernels
 from jax_mps.ops.cuda_text import HEADER, MEMORY
@@ -46,7 +45,7 @@ def compiled(recipe, members):
     parameters = ", ".join(f"{kind} {name}" for kind, name in zip(kinds, types, strict=True))
     arguments = ", ".join(f"({kind})at[{i}]" for i, kind in enumerate(kinds))
     text = RUN.format(parameters=parameters, arguments=arguments, body=kernels.source(recipe, members))
-    run = library(CPP.format(header=HEADER + "\n#define __restrict__ __restrict\n", functions=text), "-O1", "-ffp-contract=off").run
+    run = library(NUMBERS + HEADER + "\n#define __restrict__ __restrict\n" + text, "-O1", "-ffp-contract=off").run
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         assert threadgroup == (256, 1, 1) and grid[0] % 256 == 0 and len(types) <= 400
