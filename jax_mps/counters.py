@@ -6,7 +6,7 @@ import threading
 
 _NAMES = (
     "translations", "exports", "imports", "memory_hits", "disk_hits", "disk_misses", "alias_hits", "host_segments", "host_calls",
-    "compiles", "compiles_refused", "exports_apart", "exports_refused", "cache_errors",
+    "compiles", "compiles_refused", "exports_apart", "exports_refused", "kernels_not_kept", "cache_errors",
 )  # fmt: skip
 _counts = dict.fromkeys(_NAMES, 0)
 _lock = threading.Lock()
@@ -27,6 +27,7 @@ def stats() -> dict[str, int]:
     compiles_refused: those among them that run op by op after all, since MLX cannot fuse them or their kernels would need too many buffers.
     exports_apart: segments exported a second time with no array shared between steps, which MLX had lost (a few more copies of small ones).
     exports_refused: segments that MLX could not export, and that build their graph at each call.
+    kernels_not_kept: CUDA kernels of our own that could not be compiled beforehand, so that MLX compiles them in each process.
     cache_errors: entries that were unusable.
     """
     with _lock:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from jax_mps.cache.files import write_atomic
+from jax_mps.counters import count
 from jax_mps.runtime import device, has_clusters
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def keep(name: str, header: str, source: str, parameters: str) -> None:
         for suffix, content in ((".txt", names), (".ptx", binary)):  # MLX takes both to be there where it finds the second
             write_atomic(str(path.with_suffix(suffix)), [content], temporary=f"{path}{suffix}.{os.getpid()}.tmp")
     except Exception as error:
-        log.debug("MLX compiles the kernel %s itself, in each process: %s", name, error)
+        count("kernels_not_kept")
+        log.warning("MLX compiles the kernel %s itself, in each process, for a second: %s", name, error)
 
 
 def compiled(text: str, architecture: str) -> bytes:

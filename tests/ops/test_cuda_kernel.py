@@ -16,6 +16,7 @@ import pytest
 from ops.harness import Case, lowered
 from ops.kernels import library, needs_compiler
 
+from jax_mps.counters import stats
 from jax_mps.ops import bins, columns, cuda_kernel, decoding, joined, lookup, norm_rows, row_kernels, threefry
 from jax_mps.plan.types import numpy_dtype
 from jax_mps.rewrites import row_kernels as islands
@@ -156,9 +157,11 @@ def test_mlx_compiles_what_we_cannot(request, folder, monkeypatch, wrong):
     else:
         monkeypatch.setattr(cuda_kernel, "compiled", lambda text, architecture: b"\x7fELF")
         monkeypatch.setenv("MLX_PTX_CACHE_DIR", "/proc/nowhere")
+    before = stats()["kernels_not_kept"]
     kernel = cuda_kernel.cuda_kernel("k", ["x"], ["out"], source)
     (out,) = kernel(inputs=[mx.zeros(4)], output_shapes=[(4,)], output_dtypes=[mx.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
     assert out.shape == (4,) and len(folder.asked) == 1
+    assert stats()["kernels_not_kept"] - before == (wrong != "no folder")
     assert not list(folder.path.glob("*"))
 
 
