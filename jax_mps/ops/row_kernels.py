@@ -336,7 +336,7 @@ class _Writer:
         run = max(1, 16 // widest)
         self.shape = _shape_of(graph.columns, run if graph.columns % run == 0 else 1, len(whole))
         self.last = max((n.stage for n in self.nodes), default=0)
-        self.targets = [self._folded(stage) for stage in range(self.last)] + [[n for n in results if self.nodes[n].spread]]
+        self.targets = [self._folded(stage) + [n for n in results if self.nodes[n].spread and self.nodes[n].stage == stage] for stage in range(self.last + 1)]
         self.kept = self._kept()
         self.summed = {n.operands[0] for n in self.nodes if n.kind == "sum"}  # maxima whose pass adds up exponentials
 
@@ -463,7 +463,7 @@ class _Writer:
     def _pass(self, stage: int, found: list[int]) -> Iterator[str]:
         """One pass over the row: what it reads, what it computes, what it reduces or writes."""
         done = [n for n, node in enumerate(self.nodes) if node.kind == "fold" and node.stage == stage + 1]
-        outputs = [(i, self.results[i]) for i in self.large] if stage == self.last else []
+        outputs = [(i, self.results[i]) for i in self.large if self.nodes[self.results[i]].stage == stage]
         reads = [n for n in found if self.nodes[n].kind == "load" and self._is_in_runs(self.nodes[n])]
         for n in done:
             yield f"float f{n} = {cuda_text.constant('float32', FOLDS[self.nodes[n].name][1])};"

@@ -2,7 +2,8 @@
 
 There one kernel of our own reads the operands and writes the results (ops/row_kernels.py), where MLX has one for each reduction and one for the steps
 between two of them. An island of such steps grows from a reduction, or from what other rewrites made of several (softmax and its relatives): steps whose
-results only the island reads, and steps that leave nothing else to read what the island holds.
+results only the island reads, and steps that leave nothing else to read what the island holds. What it reads may be made by it for others as well
+(the sum of a residual stream, before a norm): where that is in memory anyway, and made of what is.
 
 Cheap steps that are made of positions and constants alone (a causal mask) are computed in place, by as many islands as read them; so are broadcasts.
 
@@ -27,6 +28,7 @@ from jax_mps.ops.scatter import line_of
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Region, Step, TensorType, Value, numpy_dtype
 from jax_mps.rewrites.match import splat
+from jax_mps.rewrites.recompute import note_stage
 from jax_mps.rewrites.table import Scope
 
 _FEWEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 18, 128, 32  # elements; rows, one or more for each processor; columns
@@ -39,6 +41,7 @@ _AHEAD = 4  # steps to what an island may grow by
 _FREE = 16  # what is so many times smaller may be read by any number of kernels
 
 _VIEWS = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.reshape"])
+_STRIDED = frozenset(f"stablehlo.{name}" for name in ("broadcast_in_dim", "convolution", "reverse", "transpose"))  # copied for our kernels
 _SOURCES = frozenset(["stablehlo.iota", "stablehlo.constant"])
 _CHEAP = frozenset(
     f"stablehlo.{name}" for name in ("add", "and", "compare", "convert", "maximum", "minimum", "multiply", "negate", "not", "or", "select", "subtract", "xor")
@@ -91,6 +94,11 @@ class _Writer:
 
     def spread(self, row: Value, like: Value) -> Value:
         return self.step("broadcast_in_dim", row, kind=like.type, broadcast_dimensions=tuple(range(like.type.rank - 1)))
+
+    def line(self, x: Value, like: Value) -> Value:
+        """The same for all rows."""
+        row = self.to(self.step("reshape", x, kind=TensorType(like.shape[-1:], x.dtype)), like.dtype)
+        return self.step("broadcast_in_dim", row, kind=like.type, broadcast_dimensions=(like.type.rank - 1,))
 
     def exponentials(self, x: Value, m: Value) -> tuple[Value, Value, Value]:
         """x - m, exp(x - m), and the sum of that."""
@@ -171,6 +179,22 @@ def _one_a_row(w: _Writer, step: Step, known: Value | None) -> None:
     w.step("select", here, w.spread(row, step.results[0]), w.number(0.0, step.result), kind=step.result, result=step.results[0])
 
 
+def _norm(w: _Writer, step: Step, known: Value | None) -> None:
+    """In float32, the variance of what is left around the mean."""
+    x, *rest = step.operands
+    c, row = w.to(x, "float32"), TensorType(x.shape[:-1], "float32")
+    size = w.number(x.shape[-1], row)
+    if step.name == "jax_mps.layer_norm":
+        mean = w.step("divide", w.fold("add", c), size, kind=row)
+        c = w.step("subtract", c, w.spread(mean, c), kind=c.type)
+    variance = w.step("divide", w.fold("add", w.step("multiply", c, c, kind=c.type)), size, kind=row)
+    root = w.step("rsqrt", w.step("add", variance, w.number(step.eps, row), kind=row), kind=row)
+    y = w.step("multiply", c, w.spread(root, c), kind=c.type)
+    for name, line in zip(["multiply"] * step.scaled + ["add"] * step.shifted, rest, strict=False):
+        y = w.step(name, y, w.line(line, y), kind=y.type)
+    w.to(y, step.result.dtype, step.results[0])
+
+
 _PARTS: Mapping[str, Parts] = {
     "jax_mps.softmax": _softmax,
     "jax_mps.log_softmax": _log_softmax,
@@ -178,6 +202,8 @@ _PARTS: Mapping[str, Parts] = {
     "jax_mps.logsumexp": _logsumexp,
     "jax_mps.softmax_gradient": _softmax_gradient,
     "jax_mps.softmax_times": _softmax_times,
+    "jax_mps.layer_norm": _norm,
+    "jax_mps.rms_norm": _norm,
     "stablehlo.scatter": _one_a_row,
 }
 ROOTS = frozenset(["stablehlo.reduce", *_PARTS]) - {"stablehlo.scatter"}
@@ -229,6 +255,11 @@ def _widens(step: Step) -> bool:
     return step.name == "stablehlo.convert" and step.operand.dtype in ("float16", "bfloat16") and step.result.dtype == "float32"
 
 
+def _is_of_rows(step: Step) -> bool:
+    """Whether a slice is of neighbours in memory."""
+    return step.result.shape[1:] == step.operand.shape[1:] and set(step.strides) <= {1}
+
+
 def _has_text(step: Step) -> bool:
     return step.name in _VIEWS or cuda_text.expression(step, ["a"] * len(step.operands)) is not None
 
@@ -250,7 +281,8 @@ class _Finder:
     """Grows islands in one region."""
 
     def __init__(self, steps: Sequence[Step], scope: Scope) -> None:
-        self.scope = scope
+        self.scope, self.steps = scope, steps
+        self.stages: dict[Value, int] = {}
         self.groups: list[Step] = []
         self.taken: set[Step] = set()
         self.fewer: Counter[Value] = Counter()  # reads that the groups have saved
@@ -274,7 +306,7 @@ class _Finder:
         island = first and self._grown(first, rows, columns)
         while island is not None and (larger := self._with_sibling(island, rows, columns)):
             island = larger
-        for candidate in (island, first):
+        for candidate in (island and self._with_makers(island, rows, columns), island, first):
             group = candidate and self._group(candidate, rows, columns)
             if candidate and group:
                 self._take(candidate, group)
@@ -436,6 +468,43 @@ class _Finder:
                     if larger and larger.large(rows * columns) <= max(1, island.large(rows * columns)):
                         return larger
         return None
+
+    def _with_makers(self, island: _Island, rows: int, columns: int) -> _Island:
+        """The island with steps that make what it reads for others as well, if these read it out of memory, as the island what it is made of."""
+        for value in island.operands:
+            maker = self.scope.producers.get(value)
+            if maker is None or value.type.size != rows * columns or not is_elementwise(maker.name) or not self._is_held(value, island.inside):
+                continue
+            larger = self._closed({*island.inside, maker}, rows, columns) if value in self.place and self._fits(maker, rows, columns) else None
+            if larger and all(self._is_held(v, larger.inside) for v in larger.operands if v not in island.operands and v.type.size > columns):
+                return self._with_makers(larger, rows, columns)
+        return island
+
+    def _is_held(self, value: Value, inside: frozenset[Step]) -> bool:
+        """Whether a value is in memory, row by row, whatever these steps do."""
+        maker = self.scope.producers.get(value)
+        if maker is None or value not in self.place or maker in self.taken:
+            return True
+        if not is_elementwise(maker.name):
+            return maker.name not in _STRIDED and (maker.name != "stablehlo.slice" or _is_of_rows(maker))
+        return self._is_read(value, value, inside)
+
+    def _is_read(self, view: Value, value: Value, inside: frozenset[Step]) -> bool:
+        """Whether other steps read a value, or a view of it, out of memory."""
+        readers = self.readers.get(view, {})
+        if self.scope.reads(view) - self.fewer[view] > sum(step.operands.count(view) for step in readers):
+            return True  # by what is not in this region, or after it
+        outside = [step for step in readers if step not in inside]
+        views = [step for step in outside if step.name in _VIEWS]
+        read = any(not is_elementwise(step.name) or self._is_late(value, step) for step in outside if step not in views)
+        return read or any(self._is_read(step.results[0], value, inside) for step in views)
+
+    def _is_late(self, value: Value, reader: Step) -> bool:
+        """Whether the reader needs what no elementwise step computes from the value, or beside it."""
+        if not self.stages:
+            for step in self.steps:
+                note_stage(step, self.stages)
+        return bool(reader.results) and self.stages[reader.results[0]] > self.stages.get(value, 0)
 
     def _readers(self, value: Value, inside: frozenset[Step], rows: int, columns: int) -> set[Step]:
         """The steps outside that read a value, and those that read a broadcast of it; none if something reads a value of full size that does not fit."""

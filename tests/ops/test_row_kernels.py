@@ -17,6 +17,7 @@ from jax import lax
 from ops.harness import Case, assert_same, lowered, plan_of, reference, results_of, to_numpy
 from ops.kernels import in_turns, library, needs_compiler
 from rewrites.proof import fused
+from rewrites.test_norms import by_division, flax_layer_norm, flax_rms_norm, gpt, in_float32, llama, plain
 
 from jax_mps.ops import row_kernels
 from jax_mps.ops.dtypes import mx_array
@@ -215,6 +216,131 @@ def test_rows_that_see_nothing(cuda) -> None:
     x, mask = normal(4, 64), np.arange(64) < np.array([0, 5, 64, 1])[:, None]
     run(lambda x, m: jax.nn.softmax(jnp.where(m, x, -jnp.inf)), x, mask)
     run(lambda x, m: jax.nn.softmax(x, where=m), x, mask)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------------------------
+
+
+def affine(columns: int) -> tuple[np.ndarray, ...]:
+    return normal(columns), normal(columns)
+
+
+CLOSE = {"rtol": 2e-5, "atol": 4e-6}  # MLX adds up in another order, flax the squares
+
+
+@pytest.mark.parametrize("columns", [32, 33, 130, 768, 1000, 4096, 5001])
+@pytest.mark.parametrize("f", [gpt, lambda x, s, b: llama(x, s)], ids=["layer", "rms"])
+def test_norms(f, columns, cuda) -> None:
+    run(f, 2 + normal(5, columns), *affine(columns), **CLOSE)
+
+
+@pytest.mark.parametrize("f", [
+    gpt, flax_layer_norm, by_division, lambda x, s, b: plain(x), lambda x, s, b: gpt(x, s, 0), lambda x, s, b: llama(x, 1), lambda x, s, b: llama(x, s) + b,
+    lambda x, s, b: flax_rms_norm(x, s), lambda x, s, b: jax.nn.relu(gpt(x, s, b)), lambda x, s, b: gpt(x, s.reshape(1, 1, -1), b.astype(np.float16)),
+])  # fmt: skip
+def test_forms_of_norms(f, cuda) -> None:
+    plan = run(f, 2 + normal(3, 4, 40), *affine(40), **CLOSE)
+    assert [len(step.results) for step in plan.steps if step.name == "jax_mps.row_kernel"] == [1]
+
+
+@pytest.mark.parametrize(("given", "close"), [
+    ({"loc": 300.0}, {"rtol": 1e-4, "atol": 3e-4}),  # rows whose mean is known to 3e-5, times a scale
+    ({"scale": 1e15}, CLOSE), ({"scale": 1e-15}, CLOSE), ({"scale": 0.0, "loc": 3.0}, CLOSE),
+])  # fmt: skip
+@pytest.mark.parametrize("columns", [64, 5000])
+def test_sizes_of_numbers_in_norms(given, close, columns, cuda) -> None:
+    run(gpt, R.normal(size=(4, columns), **given).astype(np.float32), *affine(columns), **close)
+
+
+def test_norms_of_odd_rows(cuda) -> None:
+    x = normal(4, 64)
+    x[0, 3], x[1, 5], x[2, 7] = np.nan, np.inf, -np.inf
+    run(gpt, x, *affine(64), **CLOSE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 4e-3)])
+@pytest.mark.parametrize("f", [in_float32, gpt, flax_layer_norm])
+def test_norms_in_half_types(f, dtype, tolerance, cuda) -> None:
+    """Rounded once, where the steps round after each."""
+    scales = affine(48) if f is in_float32 else [v.astype(getattr(ml_dtypes, dtype, dtype)) for v in affine(48)]
+    run(f, normal(2, 3, 48, dtype=dtype), *scales, rtol=tolerance, atol=2 * tolerance)
+
+
+def residual(norm):
+    """Between two products; what is added to the stream, and its norm, are read by what follows."""
+
+    def f(x, h, w, p, *scales):
+        x = x + (h @ w + p)
+        return x + norm(x, *scales) @ w
+
+    return f
+
+
+def widths(plan) -> list[tuple[int, int]]:
+    """How many arrays as large as the first result the kernels read, and how many they write."""
+    kernels = [step for step in plan.steps if step.name == "jax_mps.row_kernel"]
+    return [tuple(sum(v.type.size == step.results[0].type.size for v in values) for values in (step.operands, step.results)) for step in kernels]
+
+
+def streams(columns: int, dtype: str = "float32") -> list[np.ndarray]:
+    return [normal(2, 3, columns, dtype=dtype), normal(2, 3, columns, dtype=dtype), (normal(columns, columns) / 8).astype(getattr(ml_dtypes, dtype, dtype))]
+
+
+@pytest.mark.parametrize("columns", [40, 33])
+@pytest.mark.parametrize("norm", [gpt, flax_layer_norm, lambda x, s, b: llama(x, s)], ids=["gpt", "flax", "rms"])
+def test_residuals(norm, columns, cuda) -> None:
+    """The sum is computed and written by the norm's kernel."""
+    plan = run(residual(norm), *streams(columns), normal(columns), *affine(columns), rtol=1e-4, atol=1e-5)
+    assert widths(plan) == [(2, 2)]
+
+
+def test_residuals_of_long_rows(cuda) -> None:
+    """Read again by each pass."""
+    x, h = normal(3, 5000), normal(3, 5000)
+    f = lambda x, h, s, b: (lambda y: (lax.sort(y), gpt(y, s, b)))(x + lax.sort(h))  # noqa: E731
+    assert widths(run(f, x, h, *affine(5000), **CLOSE)) == [(2, 2)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_residuals_in_half_types(dtype, cuda) -> None:
+    """The sum is rounded before it is normalised."""
+    plan = run(residual(in_float32), *streams(40, dtype), normal(40, dtype=dtype), *affine(40), rtol=4e-2, atol=4e-2)
+    assert widths(plan) == [(2, 2)]
+
+
+def test_a_training_step_of_blocks(cuda) -> None:
+    """Each sum, and the norm of it, is one kernel; a gradient reads the sum."""
+
+    def loss(x, w, s, b):
+        for _ in range(3):
+            x = x + jnp.tanh(gpt(x, s, b) @ w) @ w + b
+        return jnp.sin(gpt(x, s, b) @ w).sum()
+
+    x, _, w = streams(40)
+    plan, *_ = lowered(Case("blocks", jax.grad(loss, (0, 1, 2, 3)), (x, w, *affine(40))), rewritten=True)
+    assert [w for w in widths(plan) if w[1] > 1] == [(2, 2)] * 3
+    assert fused(plan).count("norm_gradient") == 4
+    run(jax.grad(loss, (0, 1, 2, 3)), x, w, *affine(40), names=fused(plan), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("f", "arrays"), [
+    (lambda x, h, w, s, b: (lambda y: (y, gpt(y, s, b)))(x + h), (2, 2)),  # a result of the program
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(x + h), (2, 2)),
+    (lambda x, h, w, s, b: (lambda y: (y.reshape(6, -1) @ w, gpt(y, s, b)))(x + h), (2, 2)),
+    (lambda x, h, w, s, b: (lambda y: (jnp.sin(y), gpt(y, s, b)))(x + h), (1, 1)),  # read with other steps of its own
+    (lambda x, h, w, s, b: (lambda y: (jnp.sin(y.reshape(6, -1)), gpt(y, s, b)))(x + h), (1, 1)),
+    (lambda x, h, w, s, b: gpt(x + h, s, b), (2, 1)),  # read by the norm alone
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(x + h.reshape(3, 2, -1).swapaxes(0, 1)), (1, 1)),  # would be copied
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(x + (h @ jnp.tile(w, 2))[..., 8:48]), (1, 1)),
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(x + jnp.concatenate([h, h])[1:3]), (2, 2)),  # neighbours
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s * (y @ w)[0, 0], b)))(x + h), (1, 1)),  # a scale that is made of the sum
+    (lambda x, h, w, s, b: (lambda t: (lambda y: (y @ w, gpt(y, s, b), lax.cosh(t) * 3))(x + t))(x * h), (1, 1)),  # what it is made of is nowhere
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(jnp.atan2(x, h)), (2, 2)),
+    (lambda x, h, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(lax.nextafter(x, h)), (1, 1)),  # no text
+])  # fmt: skip
+def test_what_a_norm_s_kernel_makes_for_others(f, arrays, cuda) -> None:
+    plan = run(f, *streams(40), *affine(40), rtol=1e-4, atol=2e-5)
+    assert widths(plan) == [arrays]
 
 
 # ---- cross entropy ---------------------------------------------------------------------------------------------------------------------
