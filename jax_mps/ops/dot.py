@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -29,39 +30,71 @@ def biased_product(op: Step) -> Run:
     return _multiplied(op, lambda a, b, bias: mx.addmm(mx.reshape(bias, (-1,)), a, b))
 
 
-def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:
-    """What `multiply` makes of a matrix (batches, m, k), one (batches, k, n) and further operands, in the step's shape."""
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """How an operand of a product is a matrix for each batch: its shape, and which of its dimensions are batches, rows and columns."""
+
+    shape: tuple[int, ...]
+    batching: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return math.prod(self.shape[d] for d in self.rows), math.prod(self.shape[d] for d in self.columns)
+
+    @property
+    def batches(self) -> list[int]:
+        return [self.shape[d] for d in self.batching]
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the rows hold the last dimension."""
+        return max((d for d in (*self.rows, *self.columns) if self.shape[d] > 1), default=0) in self.rows
+
+    @property
+    def inside(self) -> tuple[int, ...]:
+        """Rows and columns, those of them last that hold the last dimension: an order that does not depend on which side of a product it is on."""
+        return (*self.columns, *self.rows) if self.is_turned else (*self.rows, *self.columns)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether rows of a batch are not side by side in memory (attention's, where heads stand between), so that the product's lowering copies them on CUDA.
+        MLX would in each product that reads them; `mx.compile` makes one copy of ours for all of them."""
+        inside = [d for d in self.inside if self.shape[d] > 1]
+        apart = inside != [d for d, size in enumerate(self.shape) if size > 1][-len(inside) :]
+        return device_kind() == "cuda" and math.prod(self.batches) > 1 and min(self.size) > 1 and apart
+
+
+def matrices(op: Step) -> tuple[Matrix, Matrix]:
+    """The two operands of a product."""
     lhs, rhs = (v.type for v in op.operands[:2])
     lb, rb = op.lhs_batching_dimensions, op.rhs_batching_dimensions
     lc, rc = _by_position(op.lhs_contracting_dimensions, op.rhs_contracting_dimensions, rhs_leads=rhs.size > lhs.size)
-    left = [d for d in range(lhs.rank) if d not in lb and d not in lc]
-    right = [d for d in range(rhs.rank) if d not in rb and d not in rc]
-    first, second = _matrix(lhs.shape, lb, left, lc), _matrix(rhs.shape, rb, rc, right)
+    left = tuple(d for d in range(lhs.rank) if d not in lb and d not in lc)
+    right = tuple(d for d in range(rhs.rank) if d not in rb and d not in rc)
+    return Matrix(lhs.shape, tuple(lb), left, lc), Matrix(rhs.shape, tuple(rb), rc, right)
+
+
+def _multiplied(op: Step, multiply: Callable[..., mx.array]) -> Run:
+    """What `multiply` makes of a matrix (batches, m, k), one (batches, k, n) and further operands, in the step's shape."""
+    first, second = map(_as_matrix, matrices(op))
     shape = op.result.shape
     return lambda a, b, *rest: multiply(first(a), second(b), *rest).reshape(shape)
 
 
-def _matrix(shape: Sequence[int], batching: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> Callable[[mx.array], mx.array]:
-    """How an operand of that shape becomes a matrix for each batch.
+def _as_matrix(it: Matrix) -> Callable[[mx.array], mx.array]:
+    (m, n), turned = it.size, it.is_turned
+    if not it.is_copied:
+        return lambda x: arranged(x, (*it.batching, *it.rows, *it.columns), (*it.batches, m, n))
 
-    On CUDA, MLX copies one whose rows are not side by side in memory (attention's, where heads stand between) in each product that reads it. So it is
-    copied before, in an order that does not depend on which side of a product it is on: `mx.compile` makes one copy for all of them.
-    """
-    batch, m, n = [shape[d] for d in batching], math.prod(shape[d] for d in rows), math.prod(shape[d] for d in columns)
-    inside = [d for d in (*rows, *columns) if shape[d] > 1]
-    if device_kind() == "cuda" and math.prod(batch) > 1 and m > 1 and n > 1:
-        turned = max(inside) in rows
-        leading, trailing = (columns, rows) if turned else (rows, columns)
-        if [d for d in (*leading, *trailing) if shape[d] > 1] != [d for d, size in enumerate(shape) if size > 1][-len(inside) :]:
-            dims, width = (*batching, *leading, *trailing), m if turned else n
-            size = (*batch, n, m) if turned else (*batch, m, n)
+    def copied(x: mx.array) -> mx.array:
+        size = (n, m) if turned else (m, n)
+        x = arranged(x, (*it.batching, *it.inside), (-1, size[1]))  # rows that are not side by side make one dimension only in a copy
+        x = mx.reshape(x, (*it.batches, *size))
+        return mx.swapaxes(x, -1, -2) if turned else x
 
-            def copied(x: mx.array) -> mx.array:
-                x = mx.reshape(arranged(x, dims, (-1, width)), size)  # rows that are not side by side make one dimension only in a copy
-                return mx.swapaxes(x, -1, -2) if turned else x
-
-            return copied
-    return lambda x: arranged(x, (*batching, *rows, *columns), (*batch, m, n))
+    return copied
 
 
 @lowers("stablehlo.dot")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from jax_mps.ops import columns, decoding, norm_rows
+from jax_mps.ops import columns, decoding, norm_rows, strided
 from jax_mps.ops.dtypes import MX
 from jax_mps.ops.elementwise import exp
 from jax_mps.ops.reduce import sum_of
@@ -218,7 +218,7 @@ def column_sums(op: Step) -> Run:
 
 @lowers("jax_mps.concatenated")
 def concatenated(op: Step) -> Run:
-    return lambda *arrays: mx.reshape(mx.concatenate(list(arrays[: op.count]), axis=op.axis), op.result.shape)
+    return lambda *arrays: mx.reshape(strided.concatenated(arrays[: op.count], op.axis), op.result.shape)
 
 
 def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax_mps.errors import Unsupported
 from jax_mps.ops.dtypes import MX, mx_array
 from jax_mps.ops.registry import Run, defining_step, lowers
+from jax_mps.ops.strided import concatenated
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step, TensorType
 
@@ -101,7 +102,7 @@ def concatenate(op: Step) -> Run:
         if lines:
             place = mx.reshape(mx.array(list(range(len(parts))), mx.int32), [-1 if d == axis else 1 for d in range(op.result.rank)])
             return _chosen(parts, place, 0)
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+        return parts[0] if len(parts) == 1 else concatenated(parts, axis)
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import attention, bias, columns, constants, indices, norm_ends, norms, row_kernels, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.deep import deep_kernels
+from jax_mps.rewrites.dense import dense_copies
 from jax_mps.rewrites.empty import drop_empty
 from jax_mps.rewrites.join import joined
 from jax_mps.rewrites.recompute import recomputed
@@ -72,4 +73,4 @@ def rewrite(plan: Plan) -> Plan:
     plan = drop_empty(plan)
     for rows in TABLES:
         plan = table.apply(plan, rows)
-    return joined(deep_kernels(recomputed(plan)))
+    return joined(dense_copies(deep_kernels(recomputed(plan))))

@@ -11,23 +11,21 @@ from jax_mps.rewrites.table import Scope
 
 
 def of_product(step: Step, scope: Scope) -> Step | None:
-    """An operand of `dot_general` that is a transposition: its own operand, with the dimension numbers of that. The free dimensions must stay in
+    """An operand of `dot_general` that is a transposition, or several: its own operand, with the dimension numbers of that. The free dimensions must stay in
     order, since the result has them in order."""
     better = step
     for position, side in enumerate(("lhs", "rhs")):
-        made = scope.maker(step.operands[position], "stablehlo.transpose")
-        if made is None:
-            continue
-        batching, contracting = (better.attributes[f"{side}_{kind}_dimensions"] for kind in ("batching", "contracting"))
-        free = [made.permutation[d] for d in range(made.result.rank) if d not in (*batching, *contracting)]
-        if free != sorted(free):
-            continue
-        operands = (*better.operands[:position], made.operands[0], *better.operands[position + 1 :])
-        better = replace(better, operands=operands, attributes={
-            **better.attributes,
-            f"{side}_batching_dimensions": _through(made.permutation, batching),
-            f"{side}_contracting_dimensions": _through(made.permutation, contracting),
-        })  # fmt: skip
+        while (made := scope.maker(better.operands[position], "stablehlo.transpose")) is not None:
+            batching, contracting = (better.attributes[f"{side}_{kind}_dimensions"] for kind in ("batching", "contracting"))
+            free = [made.permutation[d] for d in range(made.result.rank) if d not in (*batching, *contracting)]
+            if free != sorted(free):
+                break
+            operands = (*better.operands[:position], made.operands[0], *better.operands[position + 1 :])
+            better = replace(better, operands=operands, attributes={
+                **better.attributes,
+                f"{side}_batching_dimensions": _through(made.permutation, batching),
+                f"{side}_contracting_dimensions": _through(made.permutation, contracting),
+            })  # fmt: skip
     if better is step:
         return None
     group = fuse(step.name, step, better.operands, scope, shared=True)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,13 +16,18 @@ from jax import lax
 from ops.kernels import lower_for
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, joined, lookup, norm_rows, row_kernels, threefry
+from jax_mps.ops import columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry
 from jax_mps.rewrites import row_kernels as islands
 
 from .harness import Case, lowered
 from .test_metal import PROGRAMS, TABLES, rows
 
 UPDATES = Case("updates", lambda xs: [lax.cumsum(x) * np.float32(0.1) + 1 for x in xs], ([np.ones(n, np.float32) for n in (3, 5, 7, 9)],))
+HEADS = Case(
+    "heads",
+    jax.grad(lambda x, w: jnp.tanh(jax.nn.dot_product_attention(*jnp.split((x @ w).reshape(2, 8, 6, 64), 3, 2))).sum()),
+    (np.ones((2, 8, 16), np.float32), np.ones((16, 384), np.float32)),
+)
 
 
 def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
@@ -37,7 +43,7 @@ def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     lower_for("cuda", monkeypatch)
-    for module in (columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
+    for module in (columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
     monkeypatch.setattr(norm_rows, "_FEWEST", 0)
     for least in ("_FEWEST", "_FEWEST_ROWS", "_FEWEST_COLUMNS"):
@@ -64,7 +70,7 @@ def test_the_tables(module: ModuleType, on_cuda: None, tmp_path: Path) -> None:
     assert [why for case, wide in cases if (why := export(case, wide, tmp_path / "f.mlxfn"))] == []
 
 
-@pytest.mark.parametrize("case", [*PROGRAMS, UPDATES], ids=str)
+@pytest.mark.parametrize("case", [*PROGRAMS, UPDATES, HEADS], ids=str)
 def test_programs(case: Case, on_cuda: None, tmp_path: Path) -> None:
     """Parts of models, as they are rewritten."""
     assert export(case, False, tmp_path / "f.mlxfn") == ""

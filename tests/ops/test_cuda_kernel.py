@@ -17,7 +17,8 @@ from ops.harness import Case, lowered
 from ops.kernels import library, needs_compiler
 
 from jax_mps.counters import stats
-from jax_mps.ops import bins, columns, cuda_kernel, decoding, joined, lookup, norm_rows, row_kernels, threefry
+from jax_mps.ops import bins, columns, cuda_kernel, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry
+from jax_mps.ops.dtypes import MX
 from jax_mps.plan.types import numpy_dtype
 from jax_mps.rewrites import row_kernels as islands
 
@@ -48,13 +49,13 @@ def folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", fake)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
         module._kernel.cache_clear()
         monkeypatch.setattr(module, "device_kind", lambda: "cuda", raising=False)
     monkeypatch.setattr(islands, "device_kind", lambda: "cuda")
     monkeypatch.setattr(cuda_kernel, "device", lambda: types.SimpleNamespace(architecture="sm_90"))
     yield types.SimpleNamespace(path=tmp_path, asked=asked)
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
         module._kernel.cache_clear()
 
 
@@ -84,6 +85,10 @@ def use_all():
     for index in lookup._INDICES:
         for dtype in (mx.uint8, mx.uint16, mx.float32, mx.int64):
             lookup.rows_at(mx.zeros((9, 4), dtype), mx.zeros((3,), getattr(mx, index)))
+    for dtype in strided._DTYPES:
+        parts = [mx.zeros((3, 4), MX[dtype]), mx.zeros((3, 4), MX[dtype]).T[:3]]
+        strided.dense([*parts, parts[0][None]])
+        strided.concatenated(parts[:1] * strided.MOST, 0)
     key = mx.zeros((), mx.uint32)
     for form in threefry._OUTPUTS:
         threefry._launch(form, (4, 8), [key, key], [mx.zeros((8,), mx.uint32)] * 2 if form == "pair" else [], drawn=32)
@@ -99,7 +104,7 @@ def test_every_kernel_compiles_once(nvrtc, folder):
         assert path.read_bytes()[:4] == b"\x7fELF" and name.encode() in path.read_bytes()
         assert path.with_suffix(".txt").read_text() == f"mlx::core::cu::{name}\t{name}\n"
     times = {path: path.stat().st_mtime_ns for path in found}
-    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, threefry):
+    for module in (bins, columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
         module._kernel.cache_clear()
     use_all()
     assert times == {path: path.stat().st_mtime_ns for path in sorted(folder.path.glob("*.ptx"))}

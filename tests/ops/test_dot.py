@@ -223,7 +223,8 @@ def test_matrices_that_are_copied_on_cuda(case, monkeypatch):
 
 
 def test_one_copy_for_all_products(monkeypatch):
-    """Attention and its gradients: heads stand between positions and features in the three arrays and in the gradient, and two products read each."""
+    """Attention and its gradients: heads stand between positions and features in the three arrays and in the gradient, and two products read each;
+    and the result is merged."""
     monkeypatch.setattr(dot, "device_kind", lambda: "cuda")
 
     def attend(q, k, v):
@@ -237,5 +238,5 @@ def test_one_copy_for_all_products(monkeypatch):
     nodes = dict(re.findall(r'(\d+) \[label ="(\w+)"', text.getvalue()))
     makers, readers = (dict(re.findall(pattern, text.getvalue())) for pattern in (r'(\d+) -> "(\w+)"', r'"(\w+)" -> (\d+)'))
     copies = [n for n, label in nodes.items() if label == "Transpose" and nodes.get(readers.get(makers[n], "")) == "Reshape"]
-    assert len(copies) == 4
+    assert len(copies) == 5
     check_both(case)

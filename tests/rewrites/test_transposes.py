@@ -37,6 +37,7 @@ def dot(contract, batch):
         (lambda q, k: q @ k.swapaxes(-1, -2), (Q, K), 0),
         (lambda q, k: q.swapaxes(0, 1) @ k.transpose(1, 0, 3, 2), (Q, K), 0),
         (lambda q, k: dot(((3,), (3,)), ((0, 1), (0, 2)))(q.transpose(0, 2, 1, 3), k), (Q, K), 0),
+        (lambda q, k: q.swapaxes(1, 2) @ k.swapaxes(1, 2).swapaxes(2, 3), (Q, K), 0),  # one after the other
         (lambda a, b: a.T @ b + a.T, (A, B), 1),  # read elsewhere, too
         (lambda q, k: dot(((3,), (3,)), ((0,), (0,)))(q.transpose(0, 2, 1, 3), k), (Q, K), 1),  # its free dimensions change their order
         (lambda a, b: (a @ b).T, (A, B), 0),
