@@ -243,18 +243,32 @@ def _kernels(steps: Sequence[Step]) -> int:
     return 1 + 2 * heavy + len(steps) // 16
 
 
+_VIEWS = ("stablehlo.broadcast_in_dim", "stablehlo.reshape", "stablehlo.transpose")
+
+
 def _peak(draft: Draft) -> int:
-    """Bytes alive at once, at most, if each value dies at its last use; constants that are splats count nothing."""
+    """Bytes alive at once beside what is read, at most, if each value dies at its last use.
+
+    Views, and what only elementwise steps read of elementwise steps (mx.compile never writes it), stand for the largest value they are made from;
+    constants that are splats, and iotas, count nothing.
+    """
+    wanted = {v for s in draft.steps if not is_elementwise(s.name) for v in s.reads()} | set(draft.writes)
+    source: dict[Value, Value] = {}
     last: dict[Value, int] = {}
     for index, step in enumerate(draft.steps):
-        for value in step.reads():
-            last[value] = index
-    kept = set(draft.writes)
+        read = [source.get(v, v) for v in step.reads()]
+        last.update((v, index) for v in read)
+        if step.name in _VIEWS or (is_elementwise(step.name) and read and step.results[0] not in wanted):
+            source[step.results[0]] = max(read, key=lambda v: v.type.nbytes)
+    kept = {source.get(v, v) for v in draft.writes}
     alive = peak = 0
+    counted: set[Value] = set()
     for index, step in enumerate(draft.steps):
-        if step.name in ("stablehlo.constant", "stablehlo.broadcast_in_dim", "stablehlo.iota", "stablehlo.reshape", "stablehlo.transpose"):
-            continue
-        alive += sum(v.type.nbytes for v in step.results)
-        peak = max(peak, alive)
-        alive -= sum(v.type.nbytes for v in step.reads() if last.get(v) == index and v not in kept and v not in draft.reads)
+        if step.name not in ("stablehlo.constant", "stablehlo.iota"):
+            made = {v for v in step.results if v not in source}
+            counted |= made
+            alive += sum(v.type.nbytes for v in made)
+            peak = max(peak, alive)
+        dead = {v for v in (source.get(r, r) for r in step.reads()) if v in counted and last[v] == index and v not in kept}
+        alive -= sum(v.type.nbytes for v in dead)
     return peak
