@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import pytest
 from jax import lax
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import dot, products
+from jax_mps.ops import dot, products, target
+from jax_mps.ops.registry import lower_steps
 
-from .harness import Case, check, check_both, check_exported, lowered, run_on_mlx
+from .harness import Case, check, check_both, check_exported, lowered, plan_of, run_on_mlx
 
 R = np.random.default_rng(0)
 FLOATS = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16), np.dtype("complex64")]
@@ -240,3 +242,85 @@ def test_one_copy_for_all_products(monkeypatch):
     copies = [n for n, label in nodes.items() if label == "Transpose" and nodes.get(readers.get(makers[n], "")) == "Reshape"]
     assert len(copies) == 5
     check_both(case)
+
+
+# ---- operands turned for Hopper's tensor cores ---------------------------------------------------------------------------------------
+
+ACROSS = dims(((0,), (0,)))
+DEEP = dims(((0, 1), (0, 1)))  # of activations (batch, position, feature)
+TURNED = [
+    ("the smaller, left", ACROSS, (4096, 768), (4096, 2304), "lhs"),
+    ("the smaller, right", ACROSS, (4096, 2304), (4096, 768), "rhs"),
+    ("two dimensions summed", DEEP, (8, 512, 768), (8, 512, 3072), "lhs"),
+    ("an unembedding", DEEP, (8, 512, 50304), (8, 512, 768), "rhs"),
+    ("two free dimensions", ACROSS, (4096, 24, 32), (4096, 2304), "lhs"),
+    ("one of a batch of one", dims(((1,), (1,)), ((0,), (0,))), (1, 4096, 768), (1, 4096, 2304), "lhs"),
+    ("too small", ACROSS, (128, 784), (128, 1024), None),
+    ("a copy would take as long", ACROSS, (4096, 768), (4096, 64), None),
+    ("a layer forward", MATMUL, (4096, 768), (768, 2304), None),
+    ("its operand's gradient", dims(((1,), (1,))), (4096, 2304), (768, 2304), None),
+    ("a left operand that lies across alone", dims(((0,), (1,))), (4096, 768), (2304, 4096), None),
+    ("a batch", dims(((1,), (1,)), ((0,), (0,))), (2, 4096, 768), (2, 4096, 2304), None),
+    ("a vector", ACROSS, (4096,), (4096, 2304), None),
+]
+
+
+@pytest.mark.parametrize(("product", "left", "right", "side"), [t[1:] for t in TURNED], ids=[t[0] for t in TURNED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_which_operand_is_turned(product, left, right, side, dtype, monkeypatch) -> None:
+    """The smaller, of a large float32 product to which neither brings its sums' elements side by side."""
+    chosen = [] if dtype == "float32" else [None]
+    turned = dot._turned
+    monkeypatch.setattr(dot, "multiplies_along_rows", lambda: True)
+    monkeypatch.setattr(dot, "_turned", lambda *a: chosen.append(turned(*a)))
+    lower_steps(plan_of(Case("turned", product, [jax.ShapeDtypeStruct(s, dtype) for s in (left, right)])).steps)
+    assert chosen == [side if dtype == "float32" else None]
+
+
+def test_precise_products_are_not_turned(monkeypatch) -> None:
+    monkeypatch.setattr(dot, "multiplies_along_rows", lambda: True)
+    monkeypatch.setattr(dot, "_turned", lambda *a: pytest.fail("asked"))
+    lower_steps(plan_of(Case("precise", dims(((0,), (0,)), precision=lax.Precision.HIGHEST), (normal(8, 5), normal(8, 3)))).steps)
+
+
+@pytest.mark.parametrize(
+    ("product", "left", "right", "side"),
+    [
+        (ACROSS, (37, 5), (37, 9), 0),
+        (ACROSS, (37, 9), (37, 5), 1),
+        (DEEP, (3, 7, 5), (3, 7, 8), 0),
+        (DEEP, (3, 7, 8), (3, 7, 5), 1),
+        (ACROSS, (37, 2, 3), (37, 4), 1),
+    ],
+)
+def test_turned_products(product, left, right, side, monkeypatch) -> None:
+    """Right whichever is turned, exported or not; the one chosen reaches the product row by row where its sums lie along its rows."""
+    monkeypatch.setattr(dot, "multiplies_along_rows", lambda: True)
+    monkeypatch.setattr(dot, "_GAINED", 1.0)
+    case = Case("turned", product, (normal(*left), normal(*right)), **TOLERANCE)
+    check(case)
+    check_both(case)
+    reached = []
+    monkeypatch.setattr(dot, "product", lambda a, b, *rest, **how: reached.append((a, mx.swapaxes(b, -1, -2))) or products.product(a, b, *rest, **how))
+    _, run, arguments = lowered(case)
+    mx.eval(run(*arguments), reached)
+    assert [memoryview(x).c_contiguous for x in reached[0]] == [side == 0, side == 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "tf32", "along"),
+    [
+        ("cuda", "sm_90a", "1", True),
+        ("cuda", "sm_90", "1", True),
+        ("cuda", "sm_90a", "0", False),
+        ("cuda", "sm_80", "1", False),
+        ("cuda", "sm_100", "1", False),
+        ("cpu", "x86_64", "1", False),
+        ("metal", "applegpu_g13s", "1", False),
+    ],
+)
+def test_where_products_go_along_rows(kind, architecture, tf32, along, monkeypatch) -> None:
+    monkeypatch.setattr(target, "device_kind", lambda: kind)
+    monkeypatch.setattr(target, "device", lambda: SimpleNamespace(architecture=architecture))
+    monkeypatch.setattr(target, "tf32", lambda: tf32)
+    assert target.multiplies_along_rows() is along
