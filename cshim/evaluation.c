@@ -173,7 +173,7 @@ static int64_t hold_back(const Batch* batch) {
   bool idle = batch->sequence == finished_batch + 1;
   state_unlock();
   /* What is under way counts as alive, so only an idle device tells; or one that has stayed above: then more is alive than was. */
-  if (idle || active > ceiling) ceiling = active + wanted + wanted / 8 + LITTLE_ROOM;
+  if (idle || active > ceiling) ceiling = active + wanted + wanted / 4 + LITTLE_ROOM;
   else if (wanted > ceiling_room) ceiling += wanted - ceiling_room;
   ceiling_room = wanted;
   int64_t limit = memory_call(laziness.limit_memory, ceiling);

@@ -245,14 +245,14 @@ def case_memory_is_limited_while_large_batches_start():
     try:
         assert run(255, True) == plenty  # too small to matter
         alive[0] = 1000
-        assert run(800, False) == 1000 + 900 + 256
+        assert run(800, False) == 1000 + 1000 + 256
         alive[0] = 2000
-        assert run(800, False) == 2156  # what is more may be under way
-        assert run(1600, False) == 2956
-        assert run(800, True) == 2956
-        assert run(800, False) == 2000 + 900 + 256  # the device was idle
+        assert run(800, False) == 2256  # what is more may be under way
+        assert run(1600, False) == 3056
+        assert run(800, True) == 3056
+        assert run(800, False) == 2000 + 1000 + 256  # the device was idle
         alive[0] = 4000
-        assert run(800, True) == 4000 + 900 + 256  # more than the limit, so alive
+        assert run(800, True) == 4000 + 1000 + 256  # more than the limit, so alive
         limit[0] = 1 << 30
         (y,), _ = table.execute(load(Program(thunk(np.negative), room=800 << 20)), [x])
         assert (seen.pop(), limit[0]) == (1024, 1 << 30)  # the user's own
