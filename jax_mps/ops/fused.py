@@ -218,7 +218,13 @@ def column_sums(op: Step) -> Run:
 
 @lowers("jax_mps.concatenated")
 def concatenated(op: Step) -> Run:
-    return lambda *arrays: mx.reshape(strided.concatenated(arrays[: op.count], op.axis), op.result.shape)
+    """permutation: of each operand's dimensions, before; None if they stay."""
+
+    def run(*arrays: mx.array) -> mx.array:
+        parts = arrays[: op.count] if op.permutation is None else [mx.transpose(x, op.permutation) for x in arrays[: op.count]]
+        return mx.reshape(strided.concatenated(parts, op.axis), op.result.shape)
+
+    return run
 
 
 def _pull(x: mx.array, g: mx.array, scale: mx.array | None, eps: float, *, layer: bool) -> list[mx.array]:

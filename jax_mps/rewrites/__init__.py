@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_mps.plan.types import Plan
-from jax_mps.rewrites import attention, bias, columns, constants, indices, norm_ends, norms, row_kernels, softmax, special, table, threefry, transposes
+from jax_mps.rewrites import attention, bias, columns, constants, indices, norm_ends, norms, pads, row_kernels, softmax, special, table, threefry, transposes
 from jax_mps.rewrites.deep import deep_kernels
 from jax_mps.rewrites.dense import dense_copies
 from jax_mps.rewrites.empty import drop_empty
@@ -31,6 +31,7 @@ TABLES: tuple[Table, ...] = (
     ),
     (
         Rewrite("gather of all", indices.gather_all, _at("gather"), "any time"),
+        Rewrite("concatenation of padded", pads.concatenated, _at("add"), "before others look at concatenations", _at("pad")),
         Rewrite("scatter to all", indices.scatter_all, _at("scatter"), "any time"),
         Rewrite("gather of converted", indices.gather_converted, _at("gather"), "before the next, which looks at the indices", _at("convert")),
         Rewrite("gather from the end", indices.gather, _at("gather"), "any time", _at("select")),
@@ -54,6 +55,7 @@ TABLES: tuple[Table, ...] = (
         Rewrite("attention", attention.attention, _at("dot_general"), "before the next, once its softmax is one step", frozenset(["jax_mps.softmax"])),
         Rewrite("log of a sum", softmax.log_of_sum, _at("log"), "last: log_softmax holds one", _EXP),
         Rewrite("product, transposed", transposes.product_transposed, _at("transpose"), "any time", _at("dot_general")),
+        Rewrite("concatenation, transposed", transposes.concatenation_transposed, _at("transpose"), "any time", _at("concatenate")),
         Rewrite("concatenation of merged", transposes.concatenated, _at("concatenate"), "any time", _at("transpose")),
         Rewrite("product of transposed", transposes.of_product, _at("dot_general"), "any time", _at("transpose")),
     ),

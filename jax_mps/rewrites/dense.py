@@ -2,13 +2,14 @@
 
 MLX's products want the last two dimensions of an operand side by side in memory. Attention's heads are not: queries, keys and values are slices of one
 array, or arrays of their own, where heads stand between positions and features; so are the gradients of all three. MLX copies each, by a kernel of its
-own, and in each product that reads it; one kernel of our own (ops/strided.py) makes the copies that are first needed together.
+own, in each product that reads it or where heads and features are merged; one kernel of our own (ops/strided.py) makes the copies that are first needed
+together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from jax_mps.ops import strided
@@ -42,7 +43,7 @@ def _region(region: Region) -> Region:
         steps.append(replace(step, regions=inner) if any(a is not b for a, b in zip(inner, step.regions, strict=True)) else step)
     if any(a is not b for a, b in zip(steps, region.steps, strict=True)):
         region = Region(region.arguments, tuple(steps), region.results)
-    if sum(step.name in _PRODUCTS for step in steps) < 2:
+    if sum(step.name in _PRODUCTS or step.name == "stablehlo.reshape" for step in steps) < 2:
         return region
     groups = _Finder(region).groups()
     return _written(region, groups) if groups else region
@@ -50,8 +51,8 @@ def _region(region: Region) -> Region:
 
 @dataclass(slots=True)
 class _Copy:
-    """What products read of a value as a copy. order: its dimensions as the copy has them; root: what it is a view of; uses: products and the operand's place
-    in each, the first one first; copies: how many MLX would make."""
+    """What products, or reshapes that no view will do for, read of a value as a copy. order: its dimensions as the copy has them; root: what it is a view of;
+    uses: steps and the operand's place in each, the first one first; copies: how many MLX would make."""
 
     value: Value
     order: tuple[int, ...]
@@ -102,23 +103,31 @@ class _Finder:
         found: dict[tuple[Value, tuple[int, ...]], _Copy] = {}
         forms: dict[tuple[Value, tuple[int, ...]], set[object]] = {}
         for step in self.region.steps:
-            if step.name not in _PRODUCTS or step.result.dtype not in _FLOATS:
-                continue
-            for side, it in enumerate(matrices(step)):
+            for side, order, form in self._copied_by(step):
                 value = step.operands[side]
-                if value.dtype not in _FLOATS or not self._is_copied(step, value, it):
-                    continue
-                key = value, (*it.batching, *it.inside)
-                root, strides = self.view(value)
+                key = value, order
                 if key not in found:
-                    shape = tuple(value.shape[d] for d in key[1])
-                    found[key] = _Copy(value, key[1], root, Value(TensorType(shape, value.dtype)))
+                    shape = tuple(value.shape[d] for d in order)
+                    found[key] = _Copy(value, order, self.view(value)[0], Value(TensorType(shape, value.dtype)))
                 found[key].uses.append((step, side))
-                form = it.is_copied or (step if self._is_one(it.rows, value.shape, strides) and self._is_one(it.columns, value.shape, strides) else it.rows)
                 if form not in forms.setdefault(key, set()):
                     forms[key].add(form)
                     found[key].copies += 1
         return list(found.values())
+
+    def _copied_by(self, step: Step) -> Iterator[tuple[int, tuple[int, ...], object]]:
+        """The operands that a step has copied: the place of each, the order of its dimensions, and what is the same for two steps that share a copy."""
+        if step.name == "stablehlo.reshape" and step.result.size and self._viewed(step.results[0]) is None:
+            strides = self.view(step.operands[0])[1]
+            if [stride for stride, size in zip(strides, step.operand.shape, strict=True) if size > 1][-1] == 1:
+                yield 0, tuple(range(step.operand.rank)), step.result.shape
+        elif step.name in _PRODUCTS and step.result.dtype in _FLOATS:
+            for side, it in enumerate(matrices(step)):
+                value = step.operands[side]
+                if value.dtype in _FLOATS and self._is_copied(step, value, it):
+                    strides = self.view(value)[1]
+                    views = self._is_one(it.rows, value.shape, strides) and self._is_one(it.columns, value.shape, strides)
+                    yield side, (*it.batching, *it.inside), it.is_copied or (step if views else it.rows)
 
     def _is_copied(self, step: Step, value: Value, it: Matrix) -> bool:
         """Whether the product has the operand copied: by MLX as it is, since nothing is computed of it before."""
@@ -237,7 +246,9 @@ def _made(group: _Group) -> Step:
 
 
 def _reading(step: Step, side: int, copy: _Copy) -> Step:
-    """The product that reads the copy in place of an operand."""
+    """The step that reads the copy in place of an operand."""
+    if step.name not in _PRODUCTS:
+        return replace(step, operands=(copy.result,))
     name, back = _SIDES[side], tuple(copy.order.index(d) for d in range(len(copy.order)))
     operands = (*step.operands[:side], copy.result, *step.operands[side + 1 :])
     value = Value(copy.value.type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Step
 from jax_mps.rewrites.match import changes_nothing, fuse
 from jax_mps.rewrites.table import Scope
@@ -81,7 +82,18 @@ def concatenated(step: Step, scope: Scope) -> Step | None:
             return None
         inner.add(tuple(source[axis + 1 : axis + inside]))
     operands = [m.operands[0] for m in made if m is not None]
-    return fuse("jax_mps.concatenated", step, operands, scope, {"axis": axis, "count": len(operands)}) if len(inner) == 1 else None
+    return fuse("jax_mps.concatenated", step, operands, scope, {"axis": axis, "count": len(operands), "permutation": None}) if len(inner) == 1 else None
+
+
+def concatenation_transposed(step: Step, scope: Scope) -> Step | None:
+    """A concatenation that is transposed, as the gradients of queries, keys and values are that were unpacked: of transposed arrays. On CUDA it reads
+    them as views."""
+    made = scope.maker(step.operands[0], "stablehlo.concatenate")
+    if device_kind() != "cuda" or made is None or _moves_nothing(step):
+        return None
+    permutation, count = tuple(step.permutation), len(made.operands)
+    given = {"axis": permutation.index(made.dimension), "count": count, "permutation": permutation}
+    return fuse("jax_mps.concatenated", step, made.operands, scope, given)
 
 
 def sum_of_one(step: Step, scope: Scope) -> Step | None:

@@ -28,6 +28,11 @@ HEADS = Case(
     jax.grad(lambda x, w: jnp.tanh(jax.nn.dot_product_attention(*jnp.split((x @ w).reshape(2, 8, 6, 64), 3, 2))).sum()),
     (np.ones((2, 8, 16), np.float32), np.ones((16, 384), np.float32)),
 )
+UNPACKED = Case(
+    "unpacked",
+    jax.grad(lambda x, w: jnp.tanh(jax.nn.dot_product_attention(*(x @ w).reshape(2, 8, 3, 2, 64).transpose(2, 0, 1, 3, 4))).sum(), 1),
+    (np.ones((2, 8, 16), np.float32), np.ones((16, 384), np.float32)),
+)
 
 
 def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
@@ -70,7 +75,7 @@ def test_the_tables(module: ModuleType, on_cuda: None, tmp_path: Path) -> None:
     assert [why for case, wide in cases if (why := export(case, wide, tmp_path / "f.mlxfn"))] == []
 
 
-@pytest.mark.parametrize("case", [*PROGRAMS, UPDATES, HEADS], ids=str)
+@pytest.mark.parametrize("case", [*PROGRAMS, UPDATES, HEADS, UNPACKED], ids=str)
 def test_programs(case: Case, on_cuda: None, tmp_path: Path) -> None:
     """Parts of models, as they are rewritten."""
     assert export(case, False, tmp_path / "f.mlxfn") == ""

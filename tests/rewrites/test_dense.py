@@ -156,8 +156,8 @@ PER_HEAD = SAME.reshape(32, 4, 8)
 # The kernels that copy: of the program and of its gradients, apart and together.
 FORMS = [
     (split, (X, WIDE), [4, 2, 8, 4]), (unpacked, (X, WIDE), [4, 2, 9, 4]), (indexed, (X, WIDE), [3, 1, 4, 2]), (one_head, (X, WIDE), [3, 1, 9, 2]),
-    (separate, (X, SAME, SAME, SAME), [4, 2, 8, 6]), (general, (X, PER_HEAD, PER_HEAD, PER_HEAD, SAME.reshape(4, 8, 32)), [4, 2, 9, 4]),
-    (grouped, (X, WIDE[:, :64]), [5, 3, 12, 9]), (cross, (X, normal(2, 7, 32), SAME, WIDE[:, :64]), [4, 2, 8, 5]),
+    (separate, (X, SAME, SAME, SAME), [4, 2, 8, 4]), (general, (X, PER_HEAD, PER_HEAD, PER_HEAD, SAME.reshape(4, 8, 32)), [4, 2, 9, 4]),
+    (grouped, (X, WIDE[:, :64]), [5, 3, 12, 8]), (cross, (X, normal(2, 7, 32), SAME, WIDE[:, :64]), [4, 2, 8, 5]),
 ]  # fmt: skip
 
 
