@@ -7,7 +7,7 @@ import importlib
 FAMILIES = (
     "elementwise", "bits", "complex", "shapes", "slices", "gather", "scatter", "reduce", "window",
     "dot", "convolution", "sort", "topk", "fft", "random", "threefry", "control_flow", "collectives", "special",
-    "copies", "fused", "joined", "row_kernels", "strided",
+    "arrivals", "copies", "fused", "joined", "row_kernels", "strided",
 )  # fmt: skip
 
 

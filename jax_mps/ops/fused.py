@@ -137,16 +137,18 @@ def norm_gradient(op: Step) -> Run:
     """Operands: the rows, the cotangent, the scale if there is one, what is added to the gradient of the rows. Results: that, and sums over all rows, by
     their names in `sums`: of the terms of the scale's gradient, of the cotangent, and of the first result."""
     size, layer = op.operand.shape[-1], op.norm == "layer_norm"
+    first = op.attributes.get("first_word")  # where the last operand are words to count in
     dtype, count = MX[op.result.dtype], op.operand.size // size
     ours = norm_rows.fits((op.operand.dtype, op.operands[1].dtype, op.result.dtype), count, size)
     pull = _pull_on_cpu if device_kind() == "cpu" else _pull
 
-    def in_rows(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array]) -> list[mx.array]:
+    def in_rows(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array], last: mx.array) -> list[mx.array]:
         more = mx.broadcast_to(sum(added[1:], start=added[0]), x.shape).astype(dtype) if added else None
         x, g = (mx.reshape(v, (count, size)) for v in (x, g))
-        return norm_rows.gradient(x, g, scale, more if more is None else mx.reshape(more, x.shape), op.eps, dtype, centred=layer, sums=op.sums)
+        how = {"centred": layer, "sums": op.sums, "words": None if first is None else (last, first)}
+        return norm_rows.gradient(x, g, scale, more if more is None else mx.reshape(more, x.shape), op.eps, dtype, **how)
 
-    def in_steps(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array]) -> list[mx.array]:
+    def in_steps(x: mx.array, g: mx.array, scale: mx.array | None, added: list[mx.array], last: mx.array) -> list[mx.array]:
         cotangent = g
         if scale is not None and "scale" not in op.sums:
             g, scale = g * scale, None
@@ -158,7 +160,7 @@ def norm_gradient(op: Step) -> Run:
     def run(x: mx.array, g: mx.array, *rest: mx.array) -> list[mx.array]:
         scale = mx.reshape(rest[0], (size,)) if op.scaled else None
         added = [mx.reshape(v, x.shape if v.size == x.size else (size,)) for v in rest[op.scaled : op.scaled + op.added]]
-        found = (in_rows if ours else in_steps)(x, g, scale, added)
+        found = (in_rows if ours else in_steps)(x, g, scale, added, (g, *rest)[-1])
         return [mx.reshape(v, r.shape).astype(MX[r.dtype]) for v, r in zip(found, op.results, strict=True)]
 
     return run
@@ -201,14 +203,15 @@ def column_sums(op: Step) -> Run:
     """Operands: one or two arrays, the row that the last is less by where there is one, and the rows that the product is times or over. On CUDA alone."""
     results = [(v.shape, MX[v.dtype]) for v in op.results]
     width = math.prod(op.operand.shape[op.lead :])
-    count = len(op.operands) - len(op.factors)
+    first = op.attributes.get("first_word")  # where the last operand are words to count in
+    count = len(op.operands) - len(op.factors) - (first is not None)
 
     def run(*operands: mx.array) -> list[mx.array]:
         arrays = [mx.reshape(v, (-1, width)) for v in operands[:count]]
         if "c" in op.kind:
             arrays[-1] = mx.reshape(arrays[-1], (width,)).astype(mx.float32)
-        *plain, total = columns.sums(op.kind, *arrays)
-        for name, row in zip(op.factors, operands[count:], strict=True):
+        *plain, total = columns.sums(op.kind, *arrays, words=None if first is None else (operands[-1], first))
+        for name, row in zip(op.factors, operands[count : count + len(op.factors)], strict=True):
             row = mx.reshape(row, (width,)).astype(mx.float32)
             total = total * row if name == "multiply" else total / row
         return [mx.reshape(v, shape).astype(dtype) for v, (shape, dtype) in zip((*plain, total), results, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_mps.plan.types import Plan
 from jax_mps.rewrites import attention, bias, columns, constants, indices, norm_ends, norms, pads, row_kernels, softmax, special, table, threefry, transposes
+from jax_mps.rewrites.arrivals import counted
 from jax_mps.rewrites.deep import deep_kernels
 from jax_mps.rewrites.dense import dense_copies
 from jax_mps.rewrites.empty import drop_empty
@@ -75,4 +76,4 @@ def rewrite(plan: Plan) -> Plan:
     plan = drop_empty(plan)
     for rows in TABLES:
         plan = table.apply(plan, rows)
-    return joined(dense_copies(deep_kernels(recomputed(plan))))
+    return counted(joined(dense_copies(deep_kernels(recomputed(plan)))))

@@ -54,7 +54,7 @@ def column_sums(steps: Sequence[Step], scope: Scope) -> list[Step]:
             groups.append(group)
             if beside is not None and len(group.results) == 2:
                 del plain[beside[0], dims]
-    groups += [group for s in plain.values() if s.arrays[0] is not s.step.operands[0] and (group := _group(s, None, scope, place)) is not None]
+    groups += [group for s in plain.values() if (group := _group(s, None, scope, place)) is not None]
     return groups
 
 

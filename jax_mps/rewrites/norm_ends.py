@@ -27,7 +27,7 @@ def norm_ends(steps: Sequence[Step], scope: Scope) -> list[Step]:
     sums = _sums_over_rows(steps, scope)
     groups: list[Step] = []
     for step in steps:
-        if step.name not in ROOTS or not _fits(step):
+        if step.name not in ROOTS or not fits(step):
             continue
         whole = step
         while (longer := _with_reader(whole, readers.get(whole.results[0]), scope, place)) is not None:
@@ -41,7 +41,8 @@ def norm_ends(steps: Sequence[Step], scope: Scope) -> list[Step]:
     return groups
 
 
-def _fits(step: Step) -> bool:
+def fits(step: Step) -> bool:
+    """Whether a gradient is for the kernel."""
     columns = step.operand.shape[-1]
     return norm_rows.fits((step.operand.dtype, step.operands[1].dtype, step.result.dtype), step.operand.size // columns, columns)
 

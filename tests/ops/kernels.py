@@ -58,9 +58,17 @@ _TURNS = """
 #define __shared__ static
 struct Index { uint32_t x; };
 struct alignas(16) uint4 { uint32_t x[4]; };
+struct alignas(16) float4 { float x[4]; };
 static Index gridDim, blockDim, blockIdx, threadIdx;
 static ucontext_t turn, threads[1024];
 static void __syncthreads() { swapcontext(&threads[threadIdx.x], &turn); }
+static void __threadfence() {}
+template <typename T> static T __ldcg(const T* from) { return *from; }
+static uint32_t atomicAdd(uint32_t* to, uint32_t more) {
+  const uint32_t old = *to;
+  *to += more;
+  return old;
+}
 """
 _RUN = """
 static void** given;
@@ -69,12 +77,14 @@ static void thread() {
   body(ARGUMENTS);
   ended[threadIdx.x] = true;
 }
+extern "C" bool backwards = false;
 extern "C" void run(uint32_t blocks, uint32_t count, void** pointers) {
   gridDim.x = blocks;
   blockDim.x = count;
   given = pointers;
   std::vector<char> stacks((size_t)count << 16);
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+  for (uint32_t b = 0; b < blocks; b++) {
+    blockIdx.x = backwards ? blocks - 1 - b : b;
     for (uint32_t t = 0; t < count; t++) {
       getcontext(&threads[t]);
       threads[t].uc_stack.ss_sp = &stacks[(size_t)t << 16];
@@ -98,7 +108,8 @@ extern "C" void run(uint32_t blocks, uint32_t count, void** pointers) {
 
 
 def in_turns(body: str, parameters: dict[str, str], header: str = "") -> str:
-    """C++ whose `run(blocks, threads of a block, pointers)` is a kernel; parameters: what the pointers are to, by name."""
+    """C++ whose `run(blocks, threads of a block, pointers)` is a kernel, block by block (from the last one on if `backwards`); parameters: what the pointers
+    are to, by name."""
     named = ", ".join(f"{kind}* {name}" for name, kind in parameters.items())
     arguments = ", ".join(f"({kind}*)given[{i}]" for i, kind in enumerate(parameters.values()))
     return f"{NUMBERS}{_TURNS}{SHUFFLE}{header}static void body({named}) {{\n{body}\n}}\n{_RUN.replace('ARGUMENTS', arguments)}"

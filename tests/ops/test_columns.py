@@ -12,66 +12,28 @@ import numpy as np
 import pytest
 from jax import lax
 from ops.harness import Case, assert_same, lowered, reference, results_of
-from ops.kernels import library, needs_compiler
+from ops.kernels import in_turns, library, needs_compiler
 from rewrites.proof import fused
 
 from jax_mps.ops import columns
 from jax_mps.rewrites import columns as sums_of_columns
 
-CPP = """
-#include <barrier>
-#include <cstddef>
-#include <cstdint>
-#include <thread>
-#include <vector>
-#define __shared__ static
-struct alignas(16) uint4 {{ uint32_t x[4]; }};
-struct Index {{ uint32_t x; }};
-struct __half {{
-  _Float16 v;
-  operator float() const {{ return v; }}
-}};
-static Index blockDim;
-static thread_local Index blockIdx, threadIdx;
-static std::barrier<>* together;
-static void __syncthreads() {{ together->arrive_and_wait(); }}
-namespace {{
-void body(const uint32_t* sizes, const {name}* x, const {name}* y, const float* less, float* total) {{
-{body}
-}}
-}}
-extern "C" void run(uint32_t blocks, const uint32_t* sizes, const {name}* x, const {name}* y, const float* less, float* total) {{
-  blockDim.x = 256;
-  for (uint32_t block = 0; block < blocks; block++) {{
-    std::barrier<> all(256);
-    together = &all;
-    std::vector<std::thread> running;
-    for (uint32_t t = 0; t < 256; t++) running.emplace_back([=] {{
-      blockIdx.x = block;
-      threadIdx.x = t;
-      body(sizes, x, y, less, total);
-    }});
-    for (auto& thread : running) thread.join();
-  }}
-}}
-"""
-
 
 @functools.cache
-def compiled(dtype: str, width: int, kind: str):
-    """As `columns._kernel`."""
-    run = library(CPP.format(name=columns._TYPES[dtype], body=columns.source(dtype, width, kind)), "-O1", "-pthread").run
+def compiled(dtype: str, width: int, kind: str, counted: bool, backwards: bool = False):
+    """As `columns._kernel`; backwards: the last block first."""
+    name = columns._TYPES[dtype]
+    two, less = "xy" in kind or "xc" in kind, "c" in kind
+    read = {"sizes": "uint32_t", "x": name} | ({"y": name} if two else {}) | ({"less": "float"} if less else {}) | ({"arrived": "uint32_t"} if counted else {})
+    parameters = {name: f"const {kind}" for name, kind in read.items()} | {"total": "float"} | ({"done": "float"} if counted else {})
+    loaded = library(in_turns(columns.source(dtype, width, kind, counted), parameters), "-O1")
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
-        assert threadgroup == (256, 1, 1)
-        sizes, *arrays = (np.array(x) for x in inputs)
-        total = np.full(output_shapes[0], np.nan, np.float32)
-        x = arrays.pop(0)
-        y = arrays.pop(0) if "xy" in kind or "xc" in kind else x
-        less = arrays.pop(0) if "c" in kind else np.full(1, np.nan, np.float32)
-        assert not arrays and less.dtype == np.float32 and x.dtype == y.dtype
-        run(grid[0] // 256, *(ctypes.c_void_p(a.ctypes.data) for a in (sizes, x, y, less, total)))
-        return [mx.array(total)]
+        assert threadgroup == (256, 1, 1) and {*output_dtypes} == {mx.float32}
+        arrays = [np.array(x) for x in inputs] + [np.full(shape, np.nan, np.float32) for shape in output_shapes]
+        ctypes.c_bool.in_dll(loaded, "backwards").value = backwards
+        loaded.run(grid[0] // 256, 256, (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays)))
+        return [mx.array(a) for a in arrays[len(inputs) :]]
 
     return kernel
 
@@ -100,14 +62,14 @@ def run(f, *args, names=()):
     """The results on the plan for CUDA, checked against JAX on the CPU; names: the rewritten steps."""
     case = Case("columns", f, args, rtol=2e-6, atol=1e-4)
     plan, program, arguments = lowered(case, rewritten=True)
-    assert fused(plan) == list(names)
+    assert names is None or fused(plan) == list(names)
     assert_same(results_of(plan, program(*arguments), case), reference(case), case)
 
 
 @pytest.mark.parametrize("shape", [(4100, 8), (37, 4), (5, 64, 12), (9, 130), (301, 3), (2048, 1), (1000, 7), (64, 1030)])
 def test_sums_of_rows(shape, cuda) -> None:
-    run(lambda x: lax.reduce(x, 0.0, lax.add, tuple(range(len(shape) - 1))), normal(*shape))
-    assert [kind for *_, kind in cuda] == ["x"]
+    run(lambda x: lax.reduce(x, 0.0, lax.add, tuple(range(len(shape) - 1))), normal(*shape), names=["column_sums"])
+    assert [kind for *_, kind, _ in cuda] == ["x"]
 
 
 def test_other_dimensions(cuda) -> None:
@@ -120,7 +82,7 @@ def test_halves(cuda) -> None:
     """Read as they are, summed in float32."""
     x = normal(200, 16, dtype="float16")
     run(lambda x: x.astype(np.float32).sum(0), x, names=["column_sums"])
-    assert cuda == [("float16", 8, "x")]
+    assert cuda == [("float16", 8, "x", False)]
 
 
 def batch_norm(x):
@@ -153,8 +115,8 @@ def gradients(x, g, mean):
     (lambda x, y, m: ((y - m) * x).sum(0), (normal(33, 2, 5), normal(33, 2, 5), normal(2, 5)), ["xc"]),
 ])  # fmt: skip
 def test_sums_of_products(f, args, kinds, cuda) -> None:
-    run(f, *args, names=["column_sums"] * sum(k != "x" for k in kinds))
-    assert sorted(kind for *_, kind in cuda) == sorted(kinds)
+    run(f, *args, names=["column_sums"] * len(kinds))
+    assert sorted(kind for *_, kind, _ in cuda) == sorted(kinds)
 
 
 @pytest.mark.parametrize("f", [
@@ -167,8 +129,8 @@ def test_sums_of_products(f, args, kinds, cuda) -> None:
     lambda x, y, m: (x.T * y.T).T.sum(0)[:1],
 ])  # fmt: skip
 def test_near_misses(f, cuda) -> None:
-    run(f, normal(10, 10), normal(10, 10), normal(10))
-    assert all(kind == "x" for *_, kind in cuda)
+    run(f, normal(10, 10), normal(10, 10), normal(10), names=None)
+    assert all(kind == "x" for *_, kind, _ in cuda)
 
 
 def test_gradient_of_batch_norm(cuda) -> None:
@@ -184,7 +146,7 @@ def test_gradient_of_batch_norm(cuda) -> None:
     case = Case("norm", f, (normal(16, 5, 8), normal(8), normal(8), normal(8, 3)), rtol=1e-4, atol=1e-2)  # products, and gradients of what nearly cancels
     plan, program, arguments = lowered(case, rewritten=True)
     assert_same(results_of(plan, program(*arguments), case), reference(case), case)
-    assert [kind for *_, kind in cuda] == ["x,xx", "x,xc"]
+    assert [kind for *_, kind, _ in cuda] == ["x,xx", "x,xc"]
 
 
 def test_on_no_other_device(monkeypatch) -> None:

@@ -16,7 +16,7 @@ from jax import lax
 from ops.kernels import lower_for
 
 from jax_mps.errors import Unsupported
-from jax_mps.ops import columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry
+from jax_mps.ops import arrivals, columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry
 from jax_mps.rewrites import row_kernels as islands
 
 from .harness import Case, lowered
@@ -48,9 +48,10 @@ def no_kernel(*key: Any) -> Callable[..., list[mx.array]]:
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     lower_for("cuda", monkeypatch)
-    for module in (columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
+    for module in (arrivals, columns, decoding, joined, lookup, norm_rows, row_kernels, strided, threefry):
         monkeypatch.setattr(module, "_kernel", no_kernel)
-    monkeypatch.setattr(norm_rows, "_FEWEST", 0)
+    for module in (columns, norm_rows):
+        monkeypatch.setattr(module, "_FEWEST", 0)
     for least in ("_FEWEST", "_FEWEST_ROWS", "_FEWEST_COLUMNS"):
         monkeypatch.setattr(islands, least, 1)
 

@@ -120,6 +120,7 @@ PROGRAMS = [
     ),
     Case("norm", norm, (normal(6, 32), normal(32))),
     Case("norm_gradient", jax.grad(lambda x, s: norm(x, s).sum() * 2, (0, 1)), (normal(6, 32, dtype="bfloat16"), normal(32, dtype="bfloat16"))),
+    Case("residual", jax.grad(lambda x, w, s: norm(x + jnp.tanh(norm(x, s) @ w), s).sum() * 2, (0, 1, 2)), (normal(6, 32), normal(32, 32), normal(32))),
     Case("cross_entropy", jax.grad(lambda x, i: -jnp.take_along_axis(jax.nn.log_softmax(x), i, 1).mean()), (normal(8, 10), np.arange(8)[:, None] % 10)),
     *(
         Case(

@@ -26,23 +26,24 @@ def rows_of(array: mx.array) -> np.ndarray:
 
 
 @functools.cache
-def compiled(how: norm_rows.Form, threads: int):
-    """As `norm_rows._kernel`."""
+def compiled(how: norm_rows.Form, threads: int, backwards: bool = False):
+    """As `norm_rows._kernel`; backwards: the last block first."""
     names = dict(zip(("x", "g", "y"), (norm_rows._TYPES[t] for t in how.types), strict=True))
-    names |= {"sizes": "uint32_t", "eps": "float", "scale": "float", "added": names["y"], "total": "float"}
+    names |= {"sizes": "uint32_t", "eps": "float", "scale": "float", "added": names["y"], "arrived": "uint32_t", "total": "float", "done": "float"}
     read = how.inputs
-    order = [*read, "y", *(["total"] if how.sums else [])]
+    order = [*read, *how.outputs]
     parameters = {name: f"{'const ' if name in read else ''}{names[name]}" for name in order}
     body = norm_rows.source(how).replace(norm_rows.BARRIER, "__syncthreads();")
-    run = library(in_turns(body, parameters), "-O1").run
+    loaded = library(in_turns(body, parameters), "-O1")
 
     def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
         assert [len(inputs), grid[1:], threadgroup] == [len(read), (1, 1), (threads, 1, 1)]
         arrays = [rows_of(v) for v in inputs]
         dtypes = [np.dtype("uint16" if d == mx.bfloat16 else str(d).rpartition(".")[2]) for d in output_dtypes]
         outputs = [np.full(shape, 255, dtype) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
-        pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*arrays, *outputs)))
-        run(grid[0] // threads, threads, pointers)
+        pointers = (ctypes.c_void_p * 10)(*(a.ctypes.data for a in (*arrays, *outputs)))
+        ctypes.c_bool.in_dll(loaded, "backwards").value = backwards
+        loaded.run(grid[0] // threads, threads, pointers)
         return [mx.array(v).view(mx.bfloat16) if d == mx.bfloat16 else mx.array(v) for v, d in zip(outputs, output_dtypes, strict=True)]
 
     return kernel
