@@ -225,7 +225,7 @@ def concatenated(op: Step) -> Run:
 
     def run(*arrays: mx.array) -> mx.array:
         parts = arrays[: op.count] if op.permutation is None else [mx.transpose(x, op.permutation) for x in arrays[: op.count]]
-        return mx.reshape(strided.concatenated(parts, op.axis), op.result.shape)
+        return strided.concatenated(parts, op.axis, op.result.shape)
 
     return run
 

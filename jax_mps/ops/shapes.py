@@ -102,7 +102,7 @@ def concatenate(op: Step) -> Run:
         if lines:
             place = mx.reshape(mx.array(list(range(len(parts))), mx.int32), [-1 if d == axis else 1 for d in range(op.result.rank)])
             return _chosen(parts, place, 0)
-        return parts[0] if len(parts) == 1 else concatenated(parts, axis)
+        return parts[0] if len(parts) == 1 else concatenated(parts, axis, op.result.shape)
 
     return run
 

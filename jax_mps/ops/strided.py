@@ -113,7 +113,7 @@ def table(itemsize: int, shapes: Sequence[Sequence[int]], axis: int | None) -> t
     rank, run = max(map(len, shapes)), 16 // itemsize
     lines = [math.prod(shape[axis or 0 :]) for shape in shapes]
     starts = [0, *itertools.accumulate(lines)]
-    gaps = [0 if axis is None else starts[-1] - line for line in lines]
+    gaps = [starts[-1] - line if axis else 0 for line in lines]
     offsets = [0] * len(lines) if axis is None else starts[:-1]
     numbers: list[int] = []
     blocks = 0
@@ -121,7 +121,7 @@ def table(itemsize: int, shapes: Sequence[Sequence[int]], axis: int | None) -> t
         unit = run if all(n % run == 0 for n in (shape[-1], gap, offset)) else 1
         units = math.prod(shape) // unit
         dims = [*[1] * (rank - len(shape)), *shape[:-1], shape[-1] // unit]
-        numbers += [blocks, units, unit, gap, offset, 0 if axis is None else axis, *(n for d in dims for n in (d, *_divisor(d)))]
+        numbers += [blocks, units, unit, gap, offset, axis + rank - len(shape) if axis else 0, *(n for d in dims for n in (d, *_divisor(d)))]
         blocks += -(-units // (_THREADS * _DEEP))
     return numbers, blocks
 
@@ -137,14 +137,13 @@ def dense(views: Sequence[mx.array]) -> list[mx.array]:
     return _copied(views, [v.shape for v in views], None)
 
 
-def concatenated(parts: Sequence[mx.array], axis: int) -> mx.array:
-    """All parts along an axis of theirs."""
-    dtype = str(parts[0].dtype).rsplit(".", 1)[-1]
-    if not fits(dtype, [part.shape for part in parts]):
-        return mx.concatenate(list(parts), axis=axis)
-    shape = list(parts[0].shape)
-    shape[axis] = sum(part.shape[axis] for part in parts)
-    return _copied(parts, [tuple(shape)], axis)[0]
+def concatenated(parts: Sequence[mx.array], axis: int, shape: Sequence[int]) -> mx.array:
+    """All parts along an axis, in that shape; from the axis on, each may have dimensions of its own."""
+    if fits(str(parts[0].dtype).rsplit(".", 1)[-1], [part.shape for part in parts]):
+        return _copied(parts, [tuple(shape)], axis)[0]
+    if len({(part.ndim, part.shape[axis + 1 :]) for part in parts}) > 1:
+        parts = [mx.reshape(part, (*part.shape[:axis], -1)) for part in parts]
+    return mx.reshape(mx.concatenate(list(parts), axis=axis), shape)
 
 
 def _copied(views: Sequence[mx.array], shapes: Sequence[tuple[int, ...]], axis: int | None) -> list[mx.array]:

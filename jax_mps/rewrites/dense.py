@@ -19,8 +19,8 @@ from jax_mps.ops.target import device_kind
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
 from jax_mps.rewrites.recompute import LATE, note_stage
-
-Strides = tuple[int, ...]
+from jax_mps.rewrites.straight import straightened
+from jax_mps.rewrites.views import Strides, is_dense, reshaped, row_major, transposition
 
 _PRODUCTS = frozenset(["stablehlo.dot_general", "jax_mps.biased_product"])
 _VIEWS = frozenset(["stablehlo.slice", "stablehlo.transpose", "stablehlo.reshape"])
@@ -45,6 +45,7 @@ def _region(region: Region) -> Region:
         region = Region(region.arguments, tuple(steps), region.results)
     if sum(step.name in _PRODUCTS or step.name == "stablehlo.reshape" for step in steps) < 2:
         return region
+    region = straightened(region)
     groups = _Finder(region).groups()
     return _written(region, groups) if groups else region
 
@@ -52,13 +53,13 @@ def _region(region: Region) -> Region:
 @dataclass(slots=True)
 class _Copy:
     """What products, or reshapes that no view will do for, read of a value as a copy. order: its dimensions as the copy has them; root: what it is a view of;
-    uses: steps and the operand's place in each, the first one first; copies: how many MLX would make."""
+    uses: steps, the operand's place in each and the order of its dimensions there, the first one first; copies: how many MLX would make."""
 
     value: Value
     order: tuple[int, ...]
     root: Value
     result: Value
-    uses: list[tuple[Step, int]] = field(default_factory=list)
+    uses: list[tuple[Step, int, tuple[int, ...]]] = field(default_factory=list)
     copies: int = 0
 
 
@@ -72,13 +73,13 @@ class _Group:
 
 
 class _Finder:
-    """One region. views: what a value is a view of, and its strides there."""
+    """One region. views: what a value is a view of, its strides there and where it begins."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
         self.made = {value: step for step in region.steps for value in step.results}
         self.place = {value: i for i, step in enumerate(region.steps) for value in step.results}
-        self.views: dict[Value, tuple[Value, Strides]] = {}
+        self.views: dict[Value, tuple[Value, Strides, int]] = {}
         self.stages: dict[Value, int] = {}
         for step in region.steps:
             note_stage(step, self.stages)
@@ -100,16 +101,17 @@ class _Finder:
 
     def _copies(self) -> list[_Copy]:
         """All copies, in the order of the products that are the first to read them."""
-        found: dict[tuple[Value, tuple[int, ...]], _Copy] = {}
-        forms: dict[tuple[Value, tuple[int, ...]], set[object]] = {}
+        found: dict[object, _Copy] = {}
+        forms: dict[object, set[object]] = {}
         for step in self.region.steps:
             for side, order, form in self._copied_by(step):
                 value = step.operands[side]
-                key = value, order
+                root, strides, begin = self.view(value)
+                shape = tuple(value.shape[d] for d in order)
+                key = root, begin, shape, tuple(strides[d] for d in order)
                 if key not in found:
-                    shape = tuple(value.shape[d] for d in order)
-                    found[key] = _Copy(value, order, self.view(value)[0], Value(TensorType(shape, value.dtype)))
-                found[key].uses.append((step, side))
+                    found[key] = _Copy(value, order, root, Value(TensorType(shape, value.dtype)))
+                found[key].uses.append((step, side, order))
                 if form not in forms.setdefault(key, set()):
                     forms[key].add(form)
                     found[key].copies += 1
@@ -118,16 +120,17 @@ class _Finder:
     def _copied_by(self, step: Step) -> Iterator[tuple[int, tuple[int, ...], object]]:
         """The operands that a step has copied: the place of each, the order of its dimensions, and what is the same for two steps that share a copy."""
         if step.name == "stablehlo.reshape" and step.result.size and self._viewed(step.results[0]) is None:
-            strides = self.view(step.operands[0])[1]
-            if [stride for stride, size in zip(strides, step.operand.shape, strict=True) if size > 1][-1] == 1:
-                yield 0, tuple(range(step.operand.rank)), step.result.shape
+            order = tuple(range(step.operand.rank))
+            if _last(step.operand.shape, self.view(step.operands[0])[1], order) == 1:
+                yield 0, order, step.result.shape
         elif step.name in _PRODUCTS and step.result.dtype in _FLOATS:
             for side, it in enumerate(matrices(step)):
                 value = step.operands[side]
                 if value.dtype in _FLOATS and self._is_copied(step, value, it):
                     strides = self.view(value)[1]
                     views = self._is_one(it.rows, value.shape, strides) and self._is_one(it.columns, value.shape, strides)
-                    yield side, (*it.batching, *it.inside), it.is_copied or (step if views else it.rows)
+                    inside = (*it.columns, *it.rows) if _last(value.shape, strides, it.rows) == 1 else (*it.rows, *it.columns)
+                    yield side, (*it.batching, *inside), it.is_copied or (step if views else it.rows)
 
     def _is_copied(self, step: Step, value: Value, it: Matrix) -> bool:
         """Whether the product has the operand copied: by MLX as it is, since nothing is computed of it before."""
@@ -135,13 +138,15 @@ class _Finder:
         plain = lhs.dtype == rhs.dtype == step.result.dtype and not is_precise(step)
         if min(m, n) == 1 or lhs.type.size + rhs.type.size < TINY * math.prod(it.batches) or not (plain or it.is_copied):
             return False
-        _, strides = self.view(value)
+        strides = self.view(value)[1]
+        if 1 not in (_last(value.shape, strides, it.rows), _last(value.shape, strides, it.columns)):  # which no runs of 16 bytes would do for
+            return False
         turned = (*it.columns, *it.rows), (*it.rows, *it.columns)
-        return strides[it.inside[-1]] == 1 and not any(_is_dense([value.shape[d] for d in order], [strides[d] for d in order]) for order in turned)
+        return not any(is_dense([value.shape[d] for d in order], [strides[d] for d in order]) for order in turned)
 
     def _is_one(self, dims: Sequence[int], shape: Sequence[int], strides: Strides) -> bool:
         """Whether dimensions are one without a copy."""
-        return _reshaped([shape[d] for d in dims], [strides[d] for d in dims], (math.prod(shape[d] for d in dims),)) is not None
+        return reshaped([shape[d] for d in dims], [strides[d] for d in dims], (math.prod(shape[d] for d in dims),)) is not None
 
     def _is_there(self, copy: _Copy, first: Step) -> bool:
         """Whether what is copied can be made before a step."""
@@ -166,67 +171,45 @@ class _Finder:
                 value = step.operands[0]
         return tuple(sorted(late, key=lambda step: self.place[step.results[0]]))
 
-    def view(self, value: Value) -> tuple[Value, Strides]:
-        """What a value is a view of, and its strides there; itself, if MLX makes it anew."""
+    def view(self, value: Value) -> tuple[Value, Strides, int]:
+        """What a value is a view of, its strides there and where it begins; itself, if MLX makes it anew."""
         if value not in self.views:
-            self.views[value] = self._viewed(value) or (value, _row_major(value.shape))
+            self.views[value] = self._viewed(value) or (value, row_major(value.shape), 0)
         return self.views[value]
 
-    def _viewed(self, value: Value) -> tuple[Value, Strides] | None:
+    def _viewed(self, value: Value) -> tuple[Value, Strides, int] | None:
         step = self.made.get(value)
         if step is None or step.name not in _VIEWS or not value.type.size:
             return None
-        root, strides = self.view(step.operands[0])
+        root, strides, begin = self.view(step.operands[0])
         if step.name == "stablehlo.slice":
-            return root, tuple(s * by for s, by in zip(strides, step.strides, strict=True))
+            begin += sum(s * start for s, start in zip(strides, step.start_indices, strict=True))
+            return root, tuple(s * by for s, by in zip(strides, step.strides, strict=True)), begin
         if step.name == "stablehlo.transpose":
-            return root, tuple(strides[d] for d in step.permutation)
-        reshaped = _reshaped(step.operand.shape, strides, value.shape)
-        return None if reshaped is None else (root, reshaped)
+            return root, tuple(strides[d] for d in step.permutation), begin
+        found = reshaped(step.operand.shape, strides, value.shape)
+        return None if found is None else (root, found, begin)
 
 
-def _row_major(shape: Sequence[int]) -> Strides:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    return all(size == 1 or stride == expected for size, stride, expected in zip(shape, strides, _row_major(shape), strict=True))
-
-
-def _reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> Strides | None:
-    """The strides of a reshape that is a view, as MLX finds them; None if it has to copy."""
-    runs: list[tuple[int, int]] = []  # dimensions that follow each other in memory: their size, the stride of the last
-    for size, stride in zip(shape, strides, strict=True):
-        if size > 1 and runs and runs[-1][1] == stride * size:
-            runs[-1] = runs[-1][0] * size, stride
-        elif size > 1:
-            runs.append((size, stride))
-    found: list[int] = []
-    left = 1
-    for size in new:
-        if size > 1 and left == 1:
-            left, stride = runs.pop(0)
-        if left % size:
-            return None
-        left //= size
-        found.append(left * stride if size > 1 else 0)
-    return tuple(found)
+def _last(shape: Sequence[int], strides: Strides, dims: Sequence[int]) -> int:
+    """The stride of the last of these dimensions that is longer than 1."""
+    return next((strides[d] for d in reversed(dims) if shape[d] > 1), 0)
 
 
 def _written(region: Region, groups: Sequence[_Group]) -> Region:
     before: dict[Step, list[Step]] = {}
-    uses: dict[Step, list[tuple[int, _Copy]]] = {}
+    uses: dict[Step, list[tuple[int, tuple[int, ...], Value]]] = {}
     for group in groups:
         before.setdefault(group.first, []).extend([*group.views, _made(group)])
         for copy in group.members:
-            for step, side in copy.uses:
-                uses.setdefault(step, []).append((side, copy))
+            for step, side, order in copy.uses:
+                uses.setdefault(step, []).append((side, order, copy.result))
     steps: dict[Step, None] = {}
     for step in region.steps:
         steps.update(dict.fromkeys(before.get(step, ())))
         new = step
-        for side, copy in uses.get(step, ()):
-            new = _reading(new, side, copy)
+        for side, order, result in uses.get(step, ()):
+            new = _reading(new, side, order, result)
         steps[new] = None
     done = Region(region.arguments, tuple(steps), region.results)
     return Region(done.arguments, tuple(live_steps(done)), done.results)
@@ -236,7 +219,7 @@ def _made(group: _Group) -> Step:
     """The step that makes copies."""
     operands = tuple(dict.fromkeys(copy.value for copy in group.members))
     results = tuple(copy.result for copy in group.members)
-    plain = tuple(_transpose(copy.value, copy.result, copy.order) for copy in group.members)
+    plain = tuple(transposition(copy.value, copy.result, copy.order) for copy in group.members)
     given = {
         "sources": tuple(operands.index(copy.value) for copy in group.members),
         "permutations": tuple(copy.order for copy in group.members),
@@ -245,19 +228,14 @@ def _made(group: _Group) -> Step:
     return Step("jax_mps.dense", operands, results, given, location=group.first.location, text=())
 
 
-def _reading(step: Step, side: int, copy: _Copy) -> Step:
-    """The step that reads the copy in place of an operand."""
+def _reading(step: Step, side: int, order: Sequence[int], copy: Value) -> Step:
+    """The step that reads the copy, whose dimensions are in that order, in place of an operand."""
     if step.name not in _PRODUCTS:
-        return replace(step, operands=(copy.result,))
-    name, back = _SIDES[side], tuple(copy.order.index(d) for d in range(len(copy.order)))
-    operands = (*step.operands[:side], copy.result, *step.operands[side + 1 :])
-    value = Value(copy.value.type)
+        return replace(step, operands=(copy,))
+    name, back = _SIDES[side], tuple(order.index(d) for d in range(len(order)))
+    operands = (*step.operands[:side], copy, *step.operands[side + 1 :])
+    value = Value(step.operands[side].type)
     inner = replace(step, operands=(*step.operands[:side], value, *step.operands[side + 1 :]))
     moved = {f"{name}_{kind}_dimensions": tuple(back[d] for d in step.attributes[f"{name}_{kind}_dimensions"]) for kind in ("batching", "contracting")}
-    original = Region(operands, (_transpose(copy.result, value, back), inner), step.results)
+    original = Region(operands, (transposition(copy, value, back), inner), step.results)
     return replace(step, operands=operands, attributes={**step.attributes, **moved, "original": original}, text=())
-
-
-def _transpose(value: Value, result: Value, permutation: Sequence[int]) -> Step:
-    text = f"array<i64: {', '.join(map(str, permutation))}>"
-    return Step("stablehlo.transpose", (value,), (result,), {"permutation": tuple(permutation)}, text=(("permutation", text),))

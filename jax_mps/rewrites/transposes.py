@@ -68,6 +68,8 @@ def reshaped(step: Step, scope: Scope) -> Step | None:
 def concatenated(step: Step, scope: Scope) -> Step | None:
     """A concatenation of arrays whose dimensions were merged, at least one of them transposed before (the gradients of attention's heads, put together):
     of these arrays, merged afterwards. Else each is copied twice, for its new order and to its place."""
+    if device_kind() == "cuda":
+        return _lines_concatenated(step, scope)
     made = [scope.maker(v, "stablehlo.reshape") for v in step.operands]
     axis, rank = step.dimension, step.result.rank
     if len(made) < 2 or not any(m is not None and scope.maker(m.operands[0], "stablehlo.transpose") for m in made):
@@ -83,6 +85,20 @@ def concatenated(step: Step, scope: Scope) -> Step | None:
         inner.add(tuple(source[axis + 1 : axis + inside]))
     operands = [m.operands[0] for m in made if m is not None]
     return fuse("jax_mps.concatenated", step, operands, scope, {"axis": axis, "count": len(operands), "permutation": None}) if len(inner) == 1 else None
+
+
+def _lines_concatenated(step: Step, scope: Scope) -> Step | None:
+    """The same for a kernel of ours, which puts together lines of any dimensions, all from the axis on."""
+    axis = step.dimension
+    operands = []
+    for value in step.operands:
+        while (made := scope.maker(value, "stablehlo.reshape")) is not None and made.operand.shape[:axis] == made.result.shape[:axis]:
+            value = made.operands[0]
+        operands.append(value)
+    pairs = list(zip(operands, step.operands, strict=True))
+    if len(pairs) < 2 or not step.result.size or not any(new is not old and scope.maker(new, "stablehlo.transpose") for new, old in pairs):
+        return None
+    return fuse("jax_mps.concatenated", step, operands, scope, {"axis": axis, "count": len(operands), "permutation": None})
 
 
 def concatenation_transposed(step: Step, scope: Scope) -> Step | None:

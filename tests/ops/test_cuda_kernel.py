@@ -88,7 +88,7 @@ def use_all():
     for dtype in strided._DTYPES:
         parts = [mx.zeros((3, 4), MX[dtype]), mx.zeros((3, 4), MX[dtype]).T[:3]]
         strided.dense([*parts, parts[0][None]])
-        strided.concatenated(parts[:1] * strided.MOST, 0)
+        strided.concatenated(parts[:1] * strided.MOST, 0, (3 * strided.MOST, 4))
     key = mx.zeros((), mx.uint32)
     for form in threefry._OUTPUTS:
         threefry._launch(form, (4, 8), [key, key], [mx.zeros((8,), mx.uint32)] * 2 if form == "pair" else [], drawn=32)

@@ -106,9 +106,22 @@ def test_concatenations(parts, axis, dtype, cuda) -> None:
     views = [numbers(*shape[::-1], dtype=dtype).T for shape in parts]
     plain = [mx.array(v) for v in views]
     expected = mx.concatenate(plain, axis=axis)
-    same(strided.concatenated(views, axis), expected)
-    same(strided.concatenated(plain, axis), expected)
+    same(strided.concatenated(views, axis, expected.shape), expected)
+    same(strided.concatenated(plain, axis, expected.shape), expected)
     assert cuda == [(dtype, tuple(map(len, parts)), True)] * 2
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_lines_of_any_dimensions(width, cuda, monkeypatch) -> None:
+    """From the axis on, each part has its own; by the kernel, and by MLX."""
+    x, y, z = numbers(2, 3, 2, 7, width).transpose(0, 3, 2, 1, 4), numbers(2, 7, 4), numbers(7, 2, 1, 3).swapaxes(0, 1)
+    expected = mx.concatenate([mx.reshape(v, (2, 7, -1)) for v in (x, y, z)], axis=2)
+    same(strided.concatenated([x, y, z], 2, expected.shape), expected)
+    same(strided.concatenated([x, x], 2, (2, 7, 4, 3, width)), mx.concatenate([x, x], axis=2))
+    assert cuda == [("float32", (5, 3, 4), True), ("float32", (5, 5), True)]
+    monkeypatch.setattr(strided, "MOST", 1)
+    same(strided.concatenated([x, y, z], 2, expected.shape), expected)
+    assert len(cuda) == 2
 
 
 def test_divisors() -> None:
