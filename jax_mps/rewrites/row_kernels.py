@@ -7,7 +7,7 @@ results only the island reads, and steps that leave nothing else to read what th
 
 Cheap steps that are made of positions and constants alone (a causal mask) are computed in place, by as many islands as read them; so are broadcasts.
 
-Arrays are large; in the bodies of loops, they may be small where the kernel does the work of three or more.
+Arrays are large; in the bodies of loops, they may be small where the kernel does the work of three or more; a norm's, anywhere, where it does that of two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jax_mps.rewrites.table import Scope
 
 _FEWEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 18, 128, 32  # elements; rows, one or more for each processor; columns
 _FEWEST_IN_LOOP, _LONGEST_IN_LOOP = 4, 1 << 12  # columns of small arrays; what they cost is the start of a kernel, in each iteration
-_LEAST_SAVED = 2  # kernels of MLX's, for small arrays
+_LEAST_SAVED = 2  # kernels of MLX's, for small arrays that are no norm's
 _MOST_ROWS = 1 << 26
 _MOST_STEPS, _MOST_ARRAYS = 48, 8  # of one kernel: enough for what JAX writes, and few registers
 _MOST_FREE = 12  # steps from positions to a mask
@@ -206,6 +206,7 @@ _PARTS: Mapping[str, Parts] = {
     "jax_mps.rms_norm": _norm,
     "stablehlo.scatter": _one_a_row,
 }
+_NORMS = frozenset(["jax_mps.layer_norm", "jax_mps.rms_norm"])
 ROOTS = frozenset(["stablehlo.reduce", *_PARTS]) - {"stablehlo.scatter"}
 
 
@@ -218,7 +219,7 @@ def row_kernels_of(steps: Sequence[Step], scope: Scope) -> list[Step]:
         return []
     seeds = [(step, sizes) for step in steps if step.name in ROOTS and (sizes := _sizes(step, scope)) is not None]
     if seeds and _is_outermost(steps, scope):
-        seeds = [(step, sizes) for step, sizes in seeds if _is_large(*sizes)]
+        seeds = [(step, sizes) for step, sizes in seeds if _is_large(*sizes) or step.name in _NORMS]
     if not seeds:
         return []
     finder = _Finder(steps, scope)
@@ -234,15 +235,15 @@ def _sizes(step: Step, scope: Scope) -> tuple[int, int] | None:
         sizes = (math.prod(shape[:-1]), shape[-1]) if step.operand.dtype in row_kernels.FLOATS and shape else None
     else:
         sizes = row_kernels.along_rows(step, splat(step.operands[1], scope)) if len(step.results) == 1 else None
-    return sizes if sizes is not None and (_is_large(*sizes) or _is_small(*sizes)) else None
+    return sizes if sizes is not None and (_is_large(*sizes) or _is_small(*sizes, fewest=1 if step.name in _NORMS else 2)) else None
 
 
 def _is_large(rows: int, columns: int) -> bool:
     return _FEWEST_ROWS <= rows < _MOST_ROWS and columns >= _FEWEST_COLUMNS and rows * columns >= _FEWEST
 
 
-def _is_small(rows: int, columns: int) -> bool:
-    return rows > 1 and _FEWEST_IN_LOOP <= columns <= _LONGEST_IN_LOOP and rows * columns < _FEWEST
+def _is_small(rows: int, columns: int, fewest: int) -> bool:
+    return rows >= fewest and _FEWEST_IN_LOOP <= columns <= _LONGEST_IN_LOOP and rows * columns < _FEWEST
 
 
 def _is_outermost(steps: Sequence[Step], scope: Scope) -> bool:
@@ -371,6 +372,14 @@ class _Finder:
                     self.free[value] = (*steps, step)
         return self.free[value]
 
+    def _is_made_here(self, value: Value, size: int) -> bool:
+        """Whether it is cheaper to compute a value again than to read it: of full size, or one that few steps make of what is small (1 + scale)."""
+        step = self.scope.producers[value]
+        if value.type.size == size:
+            return self._is_light(value, size)
+        is_line = value in self.place and value.type.rank > 0 and value.type.size * _FREE <= size and step.name in _CHEAP and _has_text(step)
+        return is_line and all(self._free(v) or v not in self.place or self.scope.maker(v, *_VIEWS, "stablehlo.convert") for v in step.operands)
+
     def _is_light(self, value: Value, size: int, depth: int = _MOST_FREE) -> bool:
         """Whether a value is cheap to compute again, of what is small (labels: a one-hot)."""
         step = self.scope.producers.get(value)
@@ -402,9 +411,7 @@ class _Finder:
                     inside.add(maker)
                     made.update(maker.results)
                     waiting.append(maker)
-                elif maker is not None and (
-                    maker.name in _VIEWS or _widens(maker) or (value.type.size == rows * columns and self._is_light(value, rows * columns))
-                ):
+                elif maker is not None and (maker.name in _VIEWS or _widens(maker) or self._is_made_here(value, rows * columns)):
                     free[maker] = None
                     made.update(maker.results)
                     waiting.append(maker)
@@ -524,7 +531,8 @@ class _Finder:
 
     def _group(self, island: _Island, rows: int, columns: int) -> Step | None:
         """The step for an island; None if it saves nothing, or too little, or its kernel cannot be written."""
-        if not _is_large(rows, columns) and _kernels_of(island.inside) - 1 < _LEAST_SAVED:
+        least = 1 if any(step.name in _NORMS for step in island.inside) else _LEAST_SAVED
+        if not _is_large(rows, columns) and _kernels_of(island.inside) - 1 < least:
             return None
         ordered = sorted(island.inside, key=self._place)
         pool = {part.results[0]: part for part in (*island.free, *(part for step in ordered for part in self._parts(step)))}

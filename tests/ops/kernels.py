@@ -77,7 +77,7 @@ static void thread() {
   body(ARGUMENTS);
   ended[threadIdx.x] = true;
 }
-extern "C" bool backwards = false;
+extern "C" { bool backwards = false; }
 extern "C" void run(uint32_t blocks, uint32_t count, void** pointers) {
   gridDim.x = blocks;
   blockDim.x = count;

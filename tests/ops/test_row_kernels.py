@@ -294,6 +294,18 @@ def test_residuals(norm, columns, cuda) -> None:
     assert widths(plan) == [(2, 2)]
 
 
+def test_a_scale_around_one(cuda) -> None:
+    """What makes it is part of the kernel, which would else have to wait for it."""
+    f = lambda x, w, s, b: (lambda y: (y @ w, llama(y, 1 + s.astype(np.float32))))(x + lax.sort(x))  # noqa: E731
+    plan = run(f, normal(4, 8, 40), streams(40)[2], normal(40, dtype="bfloat16"), normal(40), rtol=1e-4, atol=2e-5)
+    assert widths(plan) == [(2, 2)] and "tensor<40xbf16>" in reads_of(plan)[0]
+
+
+def test_residual_of_one_row(cuda) -> None:
+    f = lambda x, w, s, b: (lambda y: (y @ w, gpt(y, s, b)))(x + lax.sort(x))  # noqa: E731
+    assert widths(run(f, normal(1, 40), streams(40)[2], *affine(40), rtol=1e-4, atol=2e-5)) == [(4, 2)]  # scale and bias are as large
+
+
 def test_residuals_of_long_rows(cuda) -> None:
     """Read again by each pass."""
     x, h = normal(3, 5000), normal(3, 5000)
@@ -627,6 +639,17 @@ def test_small_arrays_in_loops(f, in_loops) -> None:
 ])  # fmt: skip
 def test_small_arrays_that_stay(f, shape, in_loops) -> None:
     assert in_loops(f, normal(*shape)) == [0, 0]
+
+
+@pytest.mark.parametrize(("f", "count"), [
+    (lambda x: gpt(x + jnp.cos(x), 2, 1), 1),
+    (lambda x: jax.nn.relu(llama(x, 2)), 1),
+    (plain, 0),  # one of MLX's kernels
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 768), (32, 768), (128, 10)])
+def test_small_norms(f, count, shape, in_loops) -> None:
+    """With a step before or after, in loops or not."""
+    assert in_loops(f, normal(*shape)) == [count, count]
 
 
 def test_large_arrays_beside_small_ones(in_loops) -> None:
