@@ -172,8 +172,8 @@ static int64_t hold_back(const Batch* batch) {
   state_lock();
   bool idle = batch->sequence == finished_batch + 1;
   state_unlock();
-  /* What is under way counts as alive, so only an idle device tells; or one that has stayed above: then more is alive than was. */
-  if (idle || active > ceiling) ceiling = active + wanted + wanted / 4 + LITTLE_ROOM;
+  /* What is under way counts as alive, so an idle device tells best. MLX looks every some kernels, so a bit above is nothing new. */
+  if (idle || !ceiling || active - ceiling > wanted) ceiling = active + wanted + wanted / 4 + LITTLE_ROOM;
   else if (wanted > ceiling_room) ceiling += wanted - ceiling_room;
   ceiling_room = wanted;
   int64_t limit = memory_call(laziness.limit_memory, ceiling);

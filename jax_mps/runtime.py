@@ -45,12 +45,11 @@ class Device(NamedTuple):
     first: bool
 
 
-# MLX puts kernels into CUDA graphs. Where one of a graph's products or convolutions runs in clusters of blocks, as from Hopper on, MLX builds it anew
-# each time, and waits for its end: there kernels are launched one by one, of which so many are told to be over together.
-_KERNELS_TOGETHER = "50"
-# With graphs all the same: how many Mi elements the kernels of one read, at most (MLX's own: 1000). Fewer of them are built anew, and what they read
-# is freed sooner.
+# How many Mi elements the kernels of one CUDA graph read, at most (MLX's own: 1000). MLX builds a graph anew, and waits for its end, where one of its
+# products or convolutions runs in clusters of blocks; what is in a graph without one is only updated. Small graphs free what they read sooner, too.
 _GRAPH_MILLIONS = "15"
+# Without graphs (MLX_USE_CUDA_GRAPHS=0): how many kernels MLX learns the end of together (its own: 100); till then it keeps what they read.
+_KERNELS_TOGETHER = "20"
 
 
 def has_clusters(architecture: str) -> bool:
@@ -80,8 +79,7 @@ def device() -> Device:
 
 
 def _launch_kernels() -> None:
-    """Say how MLX gives kernels to a GPU that has clusters, where the user does not; it reads that at its first kernel."""
-    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+    """Say how many kernels MLX gives at once to a GPU that has clusters, where the user does not; it reads that at its first kernel."""
     if uses_graphs():
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", _GRAPH_MILLIONS)
     else:

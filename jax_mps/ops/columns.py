@@ -19,7 +19,7 @@ from jax_mps.ops.target import device_kind
 _TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 _THREADS, _BLOCKS = 256, 1024
 _DEEP = 4  # rows that a thread reads at once
-_MOST_PARTS = 256  # of which one block sums up what they leave
+_MOST_PARTS = 128  # of which one block sums up what they leave: of 1,024 (131,072 x 64) MLX's kernel does so sooner
 _FEWEST, _MOST_COLUMNS = 1 << 18, 1 << 13  # elements; columns, of which MLX has enough for all processors from here on
 
 # sizes = (rows, columns, parts of the rows, threads side by side, its first word of `arrived`). A thread has as many neighbouring columns as 16 bytes
@@ -135,8 +135,8 @@ def sums(kind: str, *arrays: mx.array, words: tuple[mx.array, int] | None = None
     run = 16 // arrays[0].itemsize
     width = run if columns % run == 0 else 1
     lanes, tiles, parts = _divided(rows, columns, width)
-    counted = words is not None and parts > 1 and tiles <= arrivals.WORDS
-    parts, (arrived, first) = (min(parts, _MOST_PARTS), words) if counted and words else (parts, (None, 0))
+    counted = words is not None and 1 < parts <= _MOST_PARTS and tiles <= arrivals.WORDS
+    arrived, first = words if counted and words else (None, 0)
     total, *done = _kernel(dtype, width, kind, counted)(
         inputs=[mx.array([rows, columns, parts, lanes, first], mx.uint32), *arrays, *([] if arrived is None else [arrived])],
         output_shapes=[(count, columns, parts), *([(count, columns)] if counted else [])],
