@@ -21,13 +21,18 @@ WORDS = 64  # of one kernel, 256 bytes
 _THREADS = 256
 
 # arrive(word, count): whether this block is the last of so many, in all of its threads. What the others have written is read by __ldcg then, since a
-# processor's own cache does not know of it. `arrived` is an input to MLX: that nobody else reads these words is what makes it right to write them.
+# processor's own cache does not know of it. `arrived` is an input to MLX: that nobody else reads these words is what makes it right to write them; they
+# are left as they were, should what reads them be run again.
 TEXT = """
 __shared__ bool last;
 auto arrive = [&](uint32_t word, uint32_t count) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd((uint32_t*)arrived + FIRST + word, 1u) + 1 == count;
+  if (threadIdx.x == 0) {
+    uint32_t* counter = (uint32_t*)arrived + FIRST + word;
+    last = atomicAdd(counter, 1u) + 1 == count;
+    if (last) *counter = 0;
+  }
   __syncthreads();
   __threadfence();
   return last;
