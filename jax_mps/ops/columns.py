@@ -132,10 +132,9 @@ def sums(kind: str, *arrays: mx.array, words: tuple[mx.array, int] | None = None
     blocks in, and where its own begin."""
     rows, columns = arrays[0].shape
     dtype, count = str(arrays[0].dtype).rsplit(".", 1)[-1], kind.count(",") + 1
-    run = 16 // arrays[0].itemsize
-    width = run if columns % run == 0 else 1
+    width = _width(arrays[0].itemsize, columns)
     lanes, tiles, parts = _divided(rows, columns, width)
-    counted = words is not None and 1 < parts <= _MOST_PARTS and tiles <= arrivals.WORDS
+    counted = words is not None and finishes(arrays[0].itemsize, rows, columns)
     arrived, first = words if counted and words else (None, 0)
     total, *done = _kernel(dtype, width, kind, counted)(
         inputs=[mx.array([rows, columns, parts, lanes, first], mx.uint32), *arrays, *([] if arrived is None else [arrived])],
@@ -146,6 +145,17 @@ def sums(kind: str, *arrays: mx.array, words: tuple[mx.array, int] | None = None
     )
     whole = done[0] if counted else mx.sum(total, axis=2) if parts > 1 else total
     return [mx.reshape(part, (columns,)) for part in mx.split(whole, count)]  # views, where an index would be a gather
+
+
+def finishes(itemsize: int, rows: int, columns: int) -> bool:
+    """Whether the kernel can finish its sums."""
+    _, tiles, parts = _divided(rows, columns, _width(itemsize, columns))
+    return 1 < parts <= _MOST_PARTS and tiles <= arrivals.WORDS
+
+
+def _width(itemsize: int, columns: int) -> int:
+    """Neighbouring columns of a thread."""
+    return 16 // itemsize if columns % (16 // itemsize) == 0 else 1
 
 
 def _divided(rows: int, columns: int, width: int) -> tuple[int, int, int]:

@@ -5,14 +5,15 @@ The words that they count in are made by one step for a region's kernels, in eac
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 
-from jax_mps.ops import norm_rows
+from jax_mps.ops import columns, norm_rows
 from jax_mps.ops.arrivals import WORDS
 from jax_mps.ops.target import device_kind
-from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
+from jax_mps.plan.types import Plan, Region, Step, TensorType, Value, numpy_dtype
 from jax_mps.rewrites.norm_ends import fits
 
 _FEWEST = 2  # kernels of a region that are saved, for one
@@ -45,8 +46,10 @@ def _with_regions(step: Step) -> Step:
 
 
 def _has_parts(step: Step) -> bool:
+    """Whether a step's kernel can finish its sums."""
     if step.name == "jax_mps.column_sums":
-        return True
+        width = math.prod(step.operand.shape[step.lead :])
+        return columns.finishes(numpy_dtype(step.operand.dtype).itemsize, step.operand.size // width, width)
     return step.name == "jax_mps.norm_gradient" and norm_rows.finishes(step.sums, step.operand.shape[-1]) and fits(step)
 
 

@@ -142,8 +142,14 @@ def test_layers(norm, cuda) -> None:
 
 def test_one_sum_is_left_to_mlx(cuda) -> None:
     """Which takes a second kernel, as the zeros would."""
-    assert run(lambda x: x.sum(0), normal(600, 8), **CLOSE) == ["column_sums"]
+    assert run(lambda x: x.sum(0), normal(600, 6), **CLOSE) == ["column_sums"]
     assert cuda == [("columns", False)]
+
+
+def test_many_parts_are_left_to_mlx(cuda, monkeypatch) -> None:
+    monkeypatch.setattr(columns, "_MOST_PARTS", 2)
+    assert run(lambda x: (x.sum(0), jnp.cos(x).sum(0)), normal(600, 6), **CLOSE) == ["column_sums"] * 2
+    assert cuda == [("columns", False)] * 2
 
 
 def test_sums_with_factors(cuda) -> None:
@@ -158,7 +164,7 @@ def test_loops(cuda) -> None:
     def f(x):
         return lax.fori_loop(0, 100, lambda i, c: (c[0] * 0.5 + jnp.cos(c[0]).sum(0) * 1e-3, jnp.tanh(c[0]).sum(0) + lax.sort(c[0]).sum(0)), (x, x[0]))
 
-    plan = rewrite(plan_of(Case("loop", f, (normal(600, 8),))))
+    plan = rewrite(plan_of(Case("loop", f, (normal(600, 6),))))
     (loop,) = (step for step in plan.steps if step.regions)
     inside = [step.name for step in loop.regions[1].steps]
     assert inside.count("jax_mps.zeros") == 1 and "jax_mps.zeros" not in [step.name for step in plan.steps]
