@@ -223,9 +223,8 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!int_at(dict, "lazy_cost", &wanted.lazy_cost)) return "lazy_cost";
   if (!int_at(dict, "short_cost", &wanted.short_cost)) return "short_cost";
   wanted.view_in_place = client->is_on_cpu;
-  static const char* const names[] = {"evaluate_now", "start", "synchronize", "scope", "sentinel", "active_memory", "limit_memory"};
-  PyObject** const means[] = {&wanted.evaluate_now, &wanted.start,         &wanted.synchronize, &wanted.scope,
-                              &wanted.sentinel,     &wanted.active_memory, &wanted.limit_memory};
+  static const char* const names[] = {"evaluate_now", "start", "synchronize", "scope", "sentinel"};
+  PyObject** const means[] = {&wanted.evaluate_now, &wanted.start, &wanted.synchronize, &wanted.scope, &wanted.sentinel};
   for (size_t i = 0; i < COUNT_OF(means); i++) {
     *means[i] = PyDict_GetItemString(dict, names[i]);
     Py_XINCREF(*means[i]); /* kept with the client */
@@ -233,7 +232,6 @@ static const char* fill_client(PyObject* dict, PJRT_Client* client) {
   if (!wanted.evaluate_now != !wanted.start) return "start";
   if (!wanted.evaluate_now != !wanted.synchronize) return "synchronize";
   if (!wanted.scope != !wanted.sentinel) return "sentinel";
-  if (!wanted.active_memory != !wanted.limit_memory) return "limit_memory";
   wanted.first_to_the_end = PyDict_GetItemString(dict, "first_to_the_end") == Py_True;
   laziness = wanted;
   return NULL;

@@ -4,12 +4,8 @@
 
 /* ---- how much there is to do, in the cost of executions ---- */
 static atomic_llong dispatched, finished_cost; /* ever; of batches that are over, everything dispatched before them counted in */
-static int64_t room; /* bytes that executions hold beyond their inputs, of those since the last batch; GIL */
 
-void evaluation_started(int64_t cost, int64_t bytes) {
-  atomic_fetch_add_explicit(&dispatched, cost, memory_order_relaxed);
-  room += bytes;
-}
+void evaluation_started(int64_t cost) { atomic_fetch_add_explicit(&dispatched, cost, memory_order_relaxed); }
 
 static bool is_short(void) { return atomic_load(&dispatched) - atomic_load(&finished_cost) < laziness.short_cost; }
 
@@ -148,48 +144,6 @@ static bool add_first_results(PyObject* values) {
   return added;
 }
 
-/* ---- how far ahead of the device ---- */
-/* Where MLX launches kernel by kernel, what a kernel reads stays allocated until some hundred later ones are done: a training step would
- * take twice the memory. While a batch is started, MLX's own limit is what is alive and what the batch needs; above it, MLX waits. */
-#define LITTLE_ROOM (256LL << 20)
-static int64_t ceiling, ceiling_room; /* of the last large batch; GIL and lock */
-
-static int64_t memory_call(PyObject* callable, int64_t bytes) {
-  PyObject* result = bytes < 0 ? PyObject_CallObject(callable, NULL) : PyObject_CallFunction(callable, "L", (long long)bytes);
-  int64_t value = result ? PyLong_AsLongLong(result) : -1;
-  Py_XDECREF(result);
-  if (value == -1 && PyErr_Occurred()) PyErr_Clear();
-  return value;
-}
-
-/* The limit to go back to, or -1. Locked. */
-static int64_t hold_back(const Batch* batch) {
-  int64_t wanted = room;
-  room = 0;
-  if (!laziness.limit_memory || wanted < LITTLE_ROOM) return -1;
-  int64_t active = memory_call(laziness.active_memory, -1);
-  if (active < 0) return -1;
-  state_lock();
-  bool idle = batch->sequence == finished_batch + 1;
-  state_unlock();
-  /* What is under way counts as alive, so an idle device tells best. MLX looks every some kernels, so a bit above is nothing new. */
-  if (idle || !ceiling || active - ceiling > wanted) ceiling = active + wanted + wanted / 4 + LITTLE_ROOM;
-  else if (wanted > ceiling_room) ceiling += wanted - ceiling_room;
-  ceiling_room = wanted;
-  int64_t limit = memory_call(laziness.limit_memory, ceiling);
-  if (limit < 0 || limit > ceiling) return limit;
-  memory_call(laziness.limit_memory, limit); /* a user's is lower */
-  return -1;
-}
-
-static void let_go(int64_t limit) {
-  if (limit < 0) return;
-  PyObject *type, *value, *trace;
-  PyErr_Fetch(&type, &value, &trace);
-  memory_call(laziness.limit_memory, limit);
-  PyErr_Restore(type, value, trace);
-}
-
 /* Evaluates the cells (*over) or starts to. What cannot take long is waited for under the lock, which saves a trip to MLX's thread; no
  * Python code runs, so that Ctrl-C cannot end it half way. Locked. */
 static PJRT_Error* run(Batch* batch, Cell* const* cells, size_t count, bool here, bool* over) {
@@ -198,7 +152,6 @@ static PJRT_Error* run(Batch* batch, Cell* const* cells, size_t count, bool here
   PyObject* values = list_of(cells, count);
   if (values && first && !add_first_results(values)) Py_CLEAR(values);
   PyObject* done = NULL;
-  int64_t limit = values ? hold_back(batch) : -1;
   if (values && *over) {
     done = call_in_scope(laziness.evaluate_now, values);
     Py_XDECREF(done);
@@ -209,7 +162,6 @@ static PJRT_Error* run(Batch* batch, Cell* const* cells, size_t count, bool here
     state_changed(); /* somebody may be waiting for it already */
     state_unlock();
   }
-  let_go(limit);
   Py_XDECREF(values);
   return done ? NULL : error_from_python("evaluate");
 }

@@ -324,8 +324,7 @@ static PJRT_Error* executable_new(PJRT_Client* client, PyObject* object, const c
   bool ok = read_text(object, "name", &executable->name, &executable->name_size) &&
             read_text(object, "fingerprint", &executable->fingerprint, &executable->fingerprint_size) &&
             read_int(object, "code_size", &executable->code_size) && read_int(object, "cost", &executable->cost) &&
-            read_int(object, "room", &executable->room) && read_bool(object, "effects", &executable->effects) &&
-            read_bool(object, "direct", &executable->direct) &&
+            read_bool(object, "effects", &executable->effects) && read_bool(object, "direct", &executable->direct) &&
             read_bool(object, "waits", &executable->waits) && read_bool(object, "prompt", &executable->prompt) &&
             read_devices(object, executable) && read_types(object, "parameter_types", &executable->parameters) &&
             read_types(object, "output_types", &executable->outputs) && read_states(object, executable) &&

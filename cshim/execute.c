@@ -102,7 +102,7 @@ static void schedule(PJRT_Executable* executable, Cell* const* outputs) {
   lazy_bytes += (int64_t)bytes;
   lazy_cost += executable->cost;
   lazy_count++;
-  evaluation_started(executable->cost, executable->room);
+  evaluation_started(executable->cost);
   bool few = lazy_count < laziness.lazy_limit && lazy_bytes <= laziness.lazy_bytes && lazy_cost <= laziness.lazy_cost;
   if (executable->cost < laziness.eager_cost && few) return;
   lazy_count = lazy_bytes = lazy_cost = 0;
@@ -325,7 +325,7 @@ void job_run(Job* job) {
     error = run_direct(executable, job->inputs, job->input_count, &results);
   } else if (!error) {
     PyObject* list = argument_list(job);
-    evaluation_started(2 * laziness.short_cost, executable->room); /* a loop may be in it */
+    evaluation_started(2 * laziness.short_cost); /* a loop may be in it */
     results = list ? hook_call(HOOK_execute, Py_BuildValue("(ON)", executable->object, list)) : NULL;
     error = results ? check_results(results, executable->outputs.count, "execute", executable->name)
                     : error_from_python(executable->name);

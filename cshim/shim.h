@@ -137,7 +137,7 @@ struct Batch { /* values whose evaluation started together */
 };
 void batch_unref(Batch* batch);         /* state lock held */
 bool batch_is_over(const Batch* batch); /* state lock held */
-void evaluation_started(int64_t cost, int64_t room);
+void evaluation_started(int64_t cost);
 void evaluation_to_the_end(PyObject* results);
 bool evaluation_must_end(void);
 bool evaluates_at_once(void); /* little is under way, and who waits evaluates */
@@ -183,7 +183,6 @@ typedef struct {
   PyObject *evaluate_now, *start, *synchronize; /* all or none */
   PyObject *scope, *sentinel;                   /* on a GPU */
   bool first_to_the_end;                        /* what a function returns first: never just started */
-  PyObject *active_memory, *limit_memory;       /* where what is started must not run far ahead; both or none */
 } Laziness;
 extern Laziness laziness;
 PJRT_Error* named_values_from_dict(PyObject* dict, PJRT_NamedValue** values, size_t* count, const char* hook);
@@ -247,7 +246,7 @@ struct PJRT_Executable {
   PyObject* object;
   char *name, *fingerprint, *options;
   size_t name_size, fingerprint_size, options_size;
-  int64_t code_size, cost, room;
+  int64_t code_size, cost;
   bool effects, direct, waits, prompt;
   size_t replicas, partitions;
   size_t shards;               /* replicas * partitions: parameters and outputs are those of one after the other */

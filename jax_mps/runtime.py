@@ -48,8 +48,6 @@ class Device(NamedTuple):
 # How many Mi elements the kernels of one CUDA graph read, at most (MLX's own: 1000). MLX builds a graph anew, and waits for its end, where one of its
 # products or convolutions runs in clusters of blocks; what is in a graph without one is only updated. Small graphs free what they read sooner, too.
 _GRAPH_MILLIONS = "15"
-# Without graphs (MLX_USE_CUDA_GRAPHS=0): how many kernels MLX learns the end of together (its own: 100); till then it keeps what they read.
-_KERNELS_TOGETHER = "20"
 
 
 def has_clusters(architecture: str) -> bool:
@@ -70,26 +68,12 @@ def device() -> Device:
     if kind == "cuda":
         os.environ.setdefault("MLX_PTX_CACHE_DIR", _kernel_folder(architecture))
         if has_clusters(architecture):
-            _launch_kernels()
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", _GRAPH_MILLIONS)
     if kind != "metal":
         allocator.keep_blocks(one_heap=kind == "cpu")
     stream = mx.new_thread_unsafe_stream(mlx)
     beside = None if kind == "cpu" else mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
     return Device(mlx, kind, architecture, stream, beside, first=_index(stream) == 0)
-
-
-def _launch_kernels() -> None:
-    """Say how many kernels MLX gives at once to a GPU that has clusters, where the user does not; it reads that at its first kernel."""
-    if uses_graphs():
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", _GRAPH_MILLIONS)
-    else:
-        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", _KERNELS_TOGETHER)
-
-
-def uses_graphs() -> bool:
-    """Whether MLX puts kernels into CUDA graphs, by its variable, which it reads as a number."""
-    number = re.match(r"\s*[+-]?\d+", os.environ.get("MLX_USE_CUDA_GRAPHS", "1"))
-    return number is not None and int(number[0]) != 0
 
 
 def _kernel_folder(architecture: str) -> str:
@@ -182,8 +166,7 @@ def waits() -> dict[str, Any]:
         return {**started, "synchronize": functools.partial(mx.synchronize, where.stream)}
     scope = functools.partial(mx.stream, where.stream)
     gpu = {"synchronize": mx.eval, "scope": scope, "sentinel": functools.partial(mx.depends, _nothing())}
-    limits = {} if where.kind == "metal" or uses_graphs() else {"active_memory": mx.get_active_memory, "limit_memory": mx.set_memory_limit}
-    return {**started, **gpu, **limits, "first_to_the_end": reads_beside()}
+    return {**started, **gpu, "first_to_the_end": reads_beside()}
 
 
 def reads_beside() -> bool:

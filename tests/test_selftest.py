@@ -120,22 +120,3 @@ def test_programs_of_a_newer_mlx(tmp_path: Path) -> None:
 )
 def test_which_gpus_run_blocks_in_clusters(architecture, clusters) -> None:
     assert runtime.has_clusters(architecture) is clusters
-
-
-@pytest.mark.parametrize(
-    ("given", "graphs", "set_"),
-    [
-        ({}, True, {"MLX_MAX_MB_PER_BUFFER": "15"}),
-        ({"MLX_USE_CUDA_GRAPHS": "1"}, True, {"MLX_MAX_MB_PER_BUFFER": "15"}),
-        ({"MLX_USE_CUDA_GRAPHS": " 2 ", "MLX_MAX_MB_PER_BUFFER": "7"}, True, {"MLX_MAX_MB_PER_BUFFER": "7"}),
-        ({"MLX_USE_CUDA_GRAPHS": "no", "MLX_MAX_OPS_PER_BUFFER": "9"}, False, {"MLX_MAX_OPS_PER_BUFFER": "9"}),
-        ({"MLX_USE_CUDA_GRAPHS": "-0"}, False, {"MLX_MAX_OPS_PER_BUFFER": "20"}),
-    ],
-)
-def test_how_kernels_are_launched(given, graphs, set_, monkeypatch) -> None:
-    """In small graphs on a GPU with clusters, unless the user says so; what the user sets stays, and is read as MLX reads it."""
-    names = ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
-    monkeypatch.setattr(runtime.os, "environ", dict(given))
-    runtime._launch_kernels()
-    assert runtime.uses_graphs() is graphs
-    assert {n: runtime.os.environ[n] for n in names if n in runtime.os.environ} == given | set_

@@ -53,7 +53,6 @@ class Executable:
         self.waits = _waits(program)
         self.prompt = not self.direct and is_prompt(program)
         self.cost = sum(s.cost for s in program.segments() if isinstance(s, Device)) if self.direct or self.prompt else 0
-        self.room = max((s.peak for s in program.segments() if isinstance(s, Device)), default=0)
         self._tokens = [i for i, t in enumerate(program.parameters) if t.dtype == "token"]
         self.pinned = _callbacks(program.segments())
 

@@ -21,7 +21,6 @@ class ShardedExecutable:
     """What C reads of it (cshim/README.md): parameters and results of the first device, then of the second, and so on."""
 
     direct = prompt = False
-    room = 0
     code_size = cost = 0
 
     def __init__(self, code: bytes, options: bytes, chosen: CompileOptions, fingerprint: bytes, source: Callable[[], bytes]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,14 +62,3 @@ PEAKS = [
 def test_peak(function, bytes_) -> None:
     plan = rewrite(plan_of(Case("peak", function, (X,))))
     assert _peak(SimpleNamespace(steps=plan.steps, reads=plan.arguments, writes=plan.results)) == bytes_
-
-
-def test_room_is_what_the_largest_part_holds(monkeypatch) -> None:
-    """What C is told of an executable."""
-    from jax_mps.pjrt.executable import Executable
-
-    rooms = []
-    init = Executable.__init__
-    monkeypatch.setattr(Executable, "__init__", lambda self, *a, **k: (init(self, *a, **k), rooms.append(self.room))[0])
-    jax.block_until_ready(jax.jit(chain)(X))
-    assert rooms[-1] == 2 * ONE

@@ -30,7 +30,6 @@ class Program:
         self.effects = self.waits = self.prompt = False
         self.direct = True
         self.cost = 1
-        self.room = 0
         vars(self).update(replaced)
 
     def __call__(self, *args):
@@ -214,83 +213,6 @@ def case_first_results_are_evaluated_to_the_end():
     finally:
         install()
         table.client()
-
-
-def case_memory_is_limited_while_large_batches_start():
-    """Where the client says how, MLX's limit is what is alive and what the batch needs, while that is started; then it is what it was."""
-    seen, alive, limit = [], [0], [1 << 40]
-
-    def limit_memory(wanted):
-        before, limit[0] = limit[0], wanted
-        return before
-
-    def start(values):
-        seen.append(limit[0] >> 20)
-        toy.engine.evaluate(values)
-
-    means = {"evaluate_now": start, "start": start, "synchronize": lambda: None, "active_memory": lambda: alive[0] << 20, "limit_memory": limit_memory}
-    install(client_create=lambda options: toy.HOOKS["client_create"](options) | means | {"eager_cost": 0, "short_cost": 0})
-    other = table.client()
-    x = table.put(other, np.float32([1, -2, 3, -4]))
-
-    def run(room, wait):
-        (y,), _ = table.execute(load(Program(thunk(np.negative), room=room << 20)), [x])
-        if wait:
-            table.block(y)
-        table.destroy(y)
-        assert limit[0] == 1 << 40
-        return seen.pop()
-
-    plenty = 1 << 20
-    try:
-        assert run(255, True) == plenty  # too small to matter
-        alive[0] = 1000
-        assert run(800, False) == 1000 + 1000 + 256
-        alive[0] = 2000
-        assert run(800, False) == 2256  # what is more may be under way
-        assert run(1600, False) == 3056
-        assert run(800, True) == 3056
-        assert run(800, False) == 2000 + 1000 + 256  # the device was idle
-        alive[0] = 4056
-        assert run(800, False) == 2000 + 1000 + 256  # MLX cannot hold it exactly
-        alive[0] = 4057
-        assert run(800, True) == 4057 + 1000 + 256  # that is more than it would, so alive
-        limit[0] = 1 << 30
-        (y,), _ = table.execute(load(Program(thunk(np.negative), room=800 << 20)), [x])
-        assert (seen.pop(), limit[0]) == (1024, 1 << 30)  # the user's own
-        table.destroy(x, y)
-    finally:
-        install()
-        table.client()
-
-
-def case_memory_hooks_that_fail():
-    """A memory hook that fails, or returns rubbish, limits nothing, and an evaluation's error is told whatever the hook says."""
-    wrong = []
-
-    def broken(*arguments):
-        wrong.append(arguments)
-        raise ValueError("not now")
-
-    def start(values):
-        raise RuntimeError("the toy has no memory")
-
-    for active, limit in ((broken, broken), (lambda: 1, broken), (lambda: None, broken), (lambda: 1, lambda wanted: "much")):
-        means = {"evaluate_now": toy.engine.evaluate, "start": toy.engine.evaluate, "synchronize": lambda: None}
-        means |= {"active_memory": active, "limit_memory": limit, "eager_cost": 0, "short_cost": 0}
-        for fault in ({}, {"start": start}):
-            install(client_create=lambda options, means=means | fault: toy.HOOKS["client_create"](options) | means)
-            other = table.client()
-            x = table.put(other, np.float32([1, -2, 3, -4]))
-            (y,), _ = table.execute(load(Program(thunk(np.negative), room=1 << 40)), [x])
-            if fault:
-                fails(lambda y=y: table.block(y), "the toy has no memory")
-            else:
-                table.block(y)
-            table.destroy(x, y)
-    install()
-    table.client()
-    assert wrong
 
 
 def case_who_waits_evaluates():
@@ -811,7 +733,6 @@ def case_rubbish():
         ("compile", lambda: table.compile(client), [None, 3, Program(None, output_types=3), Program(None, parameter_types=((11, 4),)),
                                                     Program(None, parameter_types=((99, ()),)), Program(None, donated=(7,)),
                                                     Program(None, output_states=()), Program(None, output_states=(3,)), Program(None, cost="much"),
-                                                    Program(None, room=None),
                                                     Program(None, name=3), Program(None, output_types=((11, (-1,)),))]),
         ("from_host", lambda: put(1, 2, 3, 4), [None, 3, (1, 2, 3)]),
         ("host_view", lambda: table.read(lazy), [None, (1, 2), (1, b"short"), (1, memoryview(bytes(32))[::2])]),

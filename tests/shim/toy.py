@@ -170,7 +170,6 @@ class Executable:
         self.effects, self.waits, self.prompt = "effect" in self.name, False, False
         self.direct = "job" not in self.name and "effect" not in self.name
         self.cost = 10**9 if "eager" in self.name else 1
-        self.room = 0
 
     def read(self, main, ir):
         def typed(value):
