@@ -32,7 +32,8 @@ def is_fused(results: list[mx.array]) -> bool:
     return "Compiled" in text.getvalue()
 
 
-ARRAYS = [mx.arange(4.0) + i for i in range(12)]
+with runtime.locked():  # on our streams, which have to be the first of the process
+    ARRAYS = [mx.arange(4.0) + i for i in range(12)]
 
 
 def test_kernels_are_counted() -> None:
