@@ -8,12 +8,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 STEPS  ?= 30
 ARGS   ?=
+JOBS   ?= $(if $(ARGS),0,2)
 
 .PHONY: demo test lint wheel setup clean help
 
 help:
 	@echo "make demo   train the resnet example through JAX_PLATFORMS=mps (STEPS=$(STEPS))"
-	@echo "make test   run the tests (ARGS='-k name' goes to pytest)"
+	@echo "make test   run the tests, in two processes (ARGS='-k name' goes to pytest, and then it is one; JOBS=4: four)"
 	@echo "make lint   ruff and mypy"
 	@echo "make wheel  build dist/*.whl and dist/*.tar.gz"
 	@echo "make clean  remove .venv, build and dist"
@@ -31,7 +32,7 @@ demo: $(STAMP)
 	JAX_PLATFORMS=mps $(BIN)/python examples/resnet/main.py --steps $(STEPS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

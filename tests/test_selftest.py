@@ -43,6 +43,7 @@ def newer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return note
 
 
+@pytest.mark.alone
 def test_this_mlx_passes_quickly() -> None:
     selftest.misread()
     started = time.perf_counter()

@@ -37,6 +37,7 @@ def check_kills(folder: Path, kills: int) -> None:
     assert set(wrong.values()) == {0}, report
 
 
+@pytest.mark.alone  # a busy machine writes too little before it is killed
 def test_killed_writers(folder: Path) -> None:
     """SIGKILL leaves at most a temporary file."""
     check_kills(folder, 60)

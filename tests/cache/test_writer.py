@@ -39,6 +39,7 @@ def test_everything_is_written_in_order(writer: Writer) -> None:
     assert len(done) == 108
 
 
+@pytest.mark.alone
 def test_submitting_does_not_wait(writer: Writer) -> None:
     """The first write starts after the program's own first run."""
     started = time.perf_counter()

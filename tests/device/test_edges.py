@@ -112,6 +112,7 @@ def free_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(free_bytes() < 12 << 30, reason="needs 12 GiB of free memory")
+@pytest.mark.alone
 def test_more_than_two_to_the_31_bytes() -> None:
     """Offsets past 31 bits, as an input and as a result."""
     columns = (1 << 30) + 5

@@ -20,6 +20,7 @@ def long_loop(x: jax.Array, n: int = 3000) -> jax.Array:
     return lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1.0, jnp.sin(c[1]) @ c[1]), (0.0, x))[1]
 
 
+@pytest.mark.alone  # the caller and the loop have a core each
 def test_dispatch_returns_before_a_loop_ends_and_block_waits() -> None:
     """A loop runs on the executor's thread; `is_ready` says no while it does, `block_until_ready` waits for it."""
     f = jax.jit(long_loop)

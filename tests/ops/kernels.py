@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -130,11 +132,16 @@ def needs_compiler() -> None:
 
 
 def library(text: str, *flags: str) -> ctypes.CDLL:
-    """The C++20 text, compiled and loaded."""
-    folder = Path(tempfile.mkdtemp())
-    path = folder / "kernel.cpp"
-    path.write_text(text)
-    subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-o", path.with_suffix(".so"), path], check=True)
-    loaded = ctypes.CDLL(str(path.with_suffix(".so")))
-    shutil.rmtree(folder)
+    """The C++20 text, compiled and loaded. JAX_MPS_TEST_KERNELS: a folder where one run's libraries are kept for the next."""
+    command = ["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-o"]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("JAX_MPS_TEST_KERNELS")) as folder:
+        made = Path(folder) / "kernel.so"
+        kept = Path(folder).parent / f"{hashlib.sha256(repr((command, text)).encode()).hexdigest()}.so"
+        if "JAX_MPS_TEST_KERNELS" in os.environ and kept.exists():
+            return ctypes.CDLL(str(kept))
+        made.with_suffix(".cpp").write_text(text)
+        subprocess.run([*command, made, made.with_suffix(".cpp")], check=True)
+        loaded = ctypes.CDLL(str(made))
+        if "JAX_MPS_TEST_KERNELS" in os.environ:
+            made.replace(kept)
     return loaded

@@ -170,9 +170,10 @@ UNARY = [lax.exp, lax.expm1, lax.log, lax.log1p, lax.logistic, lax.tanh, lax.sqr
 BINARY = [lax.mul, lax.div, lax.pow, lax.max, lax.min, lax.rem, lax.atan2]
 GRADIENT_AT = (np.float32([0.3, 1.7, 5.5, 20.0]), np.float32([2.1, 0.4, 3.3, 0.5]))
 CASES += [
-    Case("gradients", each(*(jax.vmap(jax.grad(f)) for f in [*UNARY, lax.abs, lax.sign])), GRADIENT_AT[:1]),
+    # 1 - tanh(5.5)**2 loses all but ten bits: XLA's tanh is another by an ulp of 1 when it is not optimised
+    Case("gradients", each(*(jax.vmap(jax.grad(f)) for f in [*UNARY, lax.abs, lax.sign])), GRADIENT_AT[:1], atol=3e-7),
     Case("gradients_of_two", each(*(jax.vmap(jax.grad(f, (0, 1))) for f in BINARY)), GRADIENT_AT),
-    Case("second_gradients", each(*(jax.vmap(jax.grad(jax.grad(f))) for f in UNARY[:8])), GRADIENT_AT[:1]),
+    Case("second_gradients", each(*(jax.vmap(jax.grad(jax.grad(f))) for f in UNARY[:8])), GRADIENT_AT[:1], atol=6e-7),  # twice that
 ]
 
 CONSTANTS = [

@@ -46,6 +46,7 @@ def result(tried: trial.Trial) -> bool:
 
 
 @on_cpu
+@pytest.mark.alone  # the trial has the lowest priority
 def test_a_trial_times_and_leaves_nothing(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It has kernels made where MLX looks for them, and a result either way; its folder goes."""
     if not trial.possible():
@@ -207,6 +208,7 @@ print("fused")
 
 
 @on_cpu
+@pytest.mark.alone  # the trial has the lowest priority
 def test_through_jax(tmp_path: Path) -> None:
     """A hot program is fused in time, without a word from the user."""
     if not trial.possible():

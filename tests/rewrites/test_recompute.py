@@ -118,9 +118,11 @@ def test_peak_memory(monkeypatch) -> None:
         f = imported(run, arguments)
         mx.eval(f(*arguments))
         mx.reset_peak_memory()
+        limit = mx.set_memory_limit(1)  # MLX waits for each step: the peak depends on how far it is ahead of them
         mx.eval(f(*arguments))
+        mx.set_memory_limit(limit)
         peaks.append(mx.get_peak_memory())
-    assert peaks[1] < peaks[0] - 2 * 7 * x.nbytes
+    assert peaks[1] <= peaks[0] - 13 * x.nbytes  # two arrays for each of seven layers; now and then MLX is ahead by one
 
 
 def imported(run, arguments):
