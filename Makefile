@@ -14,7 +14,7 @@ JOBS   ?= $(if $(ARGS),0,2)
 
 help:
 	@echo "make demo   train the resnet example through JAX_PLATFORMS=mps (STEPS=$(STEPS))"
-	@echo "make test   run the tests, in two processes (ARGS='-k name' goes to pytest, and then it is one; JOBS=4: four)"
+	@echo "make test   run the tests, in JOBS=2 processes (ARGS='-k name' goes to pytest, and then it is one)"
 	@echo "make lint   ruff and mypy"
 	@echo "make wheel  build dist/*.whl and dist/*.tar.gz"
 	@echo "make clean  remove .venv, build and dist"

@@ -16,8 +16,10 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "mps,cpu"
 if "JAX_MPS_CACHE_DIR" not in os.environ:
     os.environ["JAX_MPS_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-mps-test-")
+SHARED = Path(os.environ["JAX_MPS_CACHE_DIR"])
 if WORKER := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["JAX_MPS_CACHE_DIR"] += f"/{WORKER}"  # a test counts what is translated: another process would have done it
+    SHARED.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_MPS_CACHE_DIR"] = str(SHARED / WORKER)  # a test counts what is translated: another process would have done it
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on CUDA, float32 products are TF32 by default: too coarse for the tables
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
@@ -30,8 +32,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test that is marked `alone` waits for those of the run's other processes to end, and they wait for it."""
     if not WORKER:
         return (yield)
-    path = Path(tempfile.gettempdir(), f"jax-mps-test-{os.environ['PYTEST_XDIST_TESTRUNUID']}")
-    with path.with_suffix(".turn").open("w") as turn, path.with_suffix(".running").open("w") as running:
+    with (SHARED / "turn").open("w") as turn, (SHARED / "running").open("w") as running:
         fcntl.flock(turn, fcntl.LOCK_EX)  # held while waiting: nobody starts another test before this one
         fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)

@@ -132,16 +132,14 @@ def needs_compiler() -> None:
 
 
 def library(text: str, *flags: str) -> ctypes.CDLL:
-    """The C++20 text, compiled and loaded. JAX_MPS_TEST_KERNELS: a folder where one run's libraries are kept for the next."""
+    """The C++20 text, compiled and loaded. JAX_MPS_TEST_KERNELS: a folder where it is kept for other runs with the same compiler."""
     command = ["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-o"]
-    with tempfile.TemporaryDirectory(dir=os.environ.get("JAX_MPS_TEST_KERNELS")) as folder:
-        made = Path(folder) / "kernel.so"
-        kept = Path(folder).parent / f"{hashlib.sha256(repr((command, text)).encode()).hexdigest()}.so"
-        if "JAX_MPS_TEST_KERNELS" in os.environ and kept.exists():
-            return ctypes.CDLL(str(kept))
-        made.with_suffix(".cpp").write_text(text)
-        subprocess.run([*command, made, made.with_suffix(".cpp")], check=True)
-        loaded = ctypes.CDLL(str(made))
-        if "JAX_MPS_TEST_KERNELS" in os.environ:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.cpp")
+        source.write_text(text)
+        kept = Path(os.environ.get("JAX_MPS_TEST_KERNELS", folder), hashlib.sha256(repr((command, text)).encode()).hexdigest())
+        if not kept.exists():
+            made = kept.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, made, source], check=True)
             made.replace(kept)
-    return loaded
+        return ctypes.CDLL(str(kept))
