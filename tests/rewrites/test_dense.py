@@ -181,10 +181,8 @@ def test_forms(f, args, expected, cuda) -> None:
     for case in (Case("forward", f, args, rtol=1e-5, atol=1e-5), Case("gradients", gradients(f), args, rtol=1e-4, atol=1e-4)):  # products of products
         (before, plain), (after, together) = (kernels(case, cuda, together=together) for together in (False, True))
         found += [before, after]
-        if f in (grouped, indexed, general):  # products of exchanged operands are summed up in another order
-            assert_same(together, plain, case)
-        else:
-            assert [a.tobytes() for a in plain] == [a.tobytes() for a in together]
+        # not to the bit: exchanged operands are summed up in another order, and by OpenBLAS (once a test has run a product on mps) transposed ones, too
+        assert_same(together, plain, case)
     assert found == expected
 
 
