@@ -15,34 +15,25 @@ from jax_mps.ops.arrivals import WORDS
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.types import Plan, Region, Step, TensorType, Value, numpy_dtype
 from jax_mps.rewrites.norm_ends import fits
+from jax_mps.rewrites.regions import innermost_first
 
 _FEWEST = 2  # kernels of a region that are saved, for one
 
 
 def counted(plan: Plan) -> Plan:
     """The plan with such sums."""
-    if device_kind() != "cuda":
-        return plan
-    body = _region(plan.body)
-    return plan if body is plan.body else replace(plan, body=body)
+    return innermost_first(plan, _region) if device_kind() == "cuda" else plan
 
 
 def _region(region: Region) -> Region:
-    steps = [_with_regions(step) for step in region.steps]
-    sums = [step for step in steps if _has_parts(step)]
+    sums = [step for step in region.steps if _has_parts(step)]
     if len(sums) < _FEWEST:
-        changed = any(a is not b for a, b in zip(steps, region.steps, strict=True))
-        return Region(region.arguments, tuple(steps), region.results) if changed else region
+        return region
     zeros = _zeros(len(sums) * WORDS)
     found = {step: _with_words(step, zeros.results[0], i * WORDS) for i, step in enumerate(sums)}
-    first = steps.index(sums[0])
-    done = [found.get(step, step) for step in steps]
+    first = region.steps.index(sums[0])
+    done = [found.get(step, step) for step in region.steps]
     return Region(region.arguments, (*done[:first], zeros, *done[first:]), region.results)
-
-
-def _with_regions(step: Step) -> Step:
-    inner = tuple(_region(r) for r in step.regions)
-    return replace(step, regions=inner) if any(a is not b for a, b in zip(inner, step.regions, strict=True)) else step
 
 
 def _has_parts(step: Step) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from jax_mps.errors import Unsupported
 from jax_mps.ops import cuda_text, row_kernels
@@ -19,6 +18,7 @@ from jax_mps.ops.registry import is_elementwise
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.types import Plan, Region, Step, Value
+from jax_mps.rewrites.regions import innermost_first
 
 DEEPEST = 11  # steps that MLX fuses in any case
 LEAST = 1 << 20  # elements
@@ -31,19 +31,10 @@ _SPREAD = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.constant"])
 
 def deep_kernels(plan: Plan) -> Plan:
     """The plan with kernels for what MLX would cut."""
-    if device_kind() != "cuda":
-        return plan
-    body = _region(plan.body)
-    return plan if body is plan.body else replace(plan, body=body)
+    return innermost_first(plan, _region) if device_kind() == "cuda" else plan
 
 
 def _region(region: Region) -> Region:
-    steps = []
-    for step in region.steps:
-        inner = tuple(_region(r) for r in step.regions)
-        steps.append(replace(step, regions=inner) if any(a is not b for a, b in zip(inner, step.regions, strict=True)) else step)
-    if any(a is not b for a, b in zip(steps, region.steps, strict=True)):
-        region = Region(region.arguments, tuple(steps), region.results)
     groups = _Finder(region).groups() if any(_is_inside(step) for step in region.steps) else []
     if not groups:
         return region

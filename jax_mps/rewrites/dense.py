@@ -19,6 +19,7 @@ from jax_mps.ops.target import device_kind
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.types import Plan, Region, Step, TensorType, Value
 from jax_mps.rewrites.recompute import LATE, note_stage
+from jax_mps.rewrites.regions import innermost_first
 from jax_mps.rewrites.straight import straightened
 from jax_mps.rewrites.views import Strides, is_dense, reshaped, row_major, transposition
 
@@ -30,20 +31,11 @@ _SIDES = ("lhs", "rhs")
 
 def dense_copies(plan: Plan) -> Plan:
     """The plan with copies for products made together, on CUDA."""
-    if device_kind() != "cuda":
-        return plan
-    body = _region(plan.body)
-    return plan if body is plan.body else replace(plan, body=body)
+    return innermost_first(plan, _region) if device_kind() == "cuda" else plan
 
 
 def _region(region: Region) -> Region:
-    steps = []
-    for step in region.steps:
-        inner = tuple(_region(r) for r in step.regions)
-        steps.append(replace(step, regions=inner) if any(a is not b for a, b in zip(inner, step.regions, strict=True)) else step)
-    if any(a is not b for a, b in zip(steps, region.steps, strict=True)):
-        region = Region(region.arguments, tuple(steps), region.results)
-    if sum(step.name in _PRODUCTS or step.name == "stablehlo.reshape" for step in steps) < 2:
+    if sum(step.name in _PRODUCTS or step.name == "stablehlo.reshape" for step in region.steps) < 2:
         return region
     region = straightened(region)
     groups = _Finder(region).groups()

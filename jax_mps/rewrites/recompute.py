@@ -16,6 +16,7 @@ from jax_mps.ops.registry import is_elementwise
 from jax_mps.ops.target import device_kind
 from jax_mps.plan.partition import live_steps
 from jax_mps.plan.types import Plan, Region, Step, Value
+from jax_mps.rewrites.regions import innermost_first
 
 LATE = 3  # steps that end a kernel, between a value and a late reader
 LEAST = 1 << 20  # bytes of a value that is worth it
@@ -35,10 +36,7 @@ _SPREAD = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.constant"])
 
 def recomputed(plan: Plan) -> Plan:
     """The plan with late elementwise values made anew, on a GPU."""
-    if device_kind() == "cpu":
-        return plan
-    body = _region(plan.body)
-    return plan if body is plan.body else replace(plan, body=body)
+    return plan if device_kind() == "cpu" else innermost_first(plan, _region)
 
 
 def _is_inside(step: Step) -> bool:
@@ -52,19 +50,10 @@ def note_stage(step: Step, stages: dict[Value, int]) -> None:
 
 
 def _region(region: Region) -> Region:
-    steps = tuple(_with_regions(step) for step in region.steps)
-    region = region if all(a is b for a, b in zip(steps, region.steps, strict=True)) else Region(region.arguments, steps, region.results)
-    if not any(step.name in _CHEAP and step.result.nbytes >= LEAST for step in steps):
+    if not any(step.name in _CHEAP and step.result.nbytes >= LEAST for step in region.steps):
         return region
     writer = _Writer(region)
     return writer.region() if writer.recipes else region
-
-
-def _with_regions(step: Step) -> Step:
-    if not step.regions:
-        return step
-    regions = tuple(_region(r) for r in step.regions)
-    return step if all(a is b for a, b in zip(regions, step.regions, strict=True)) else replace(step, regions=regions)
 
 
 def _readers(region: Region) -> dict[Value, list[Step]]:
