@@ -132,7 +132,7 @@ def layers(norm):
 def test_layers(norm, cuda) -> None:
     """All of them count in one array, each at a place of its own."""
     args = normal(24, 24) / 5, normal(24), normal(24), normal(20, 30, 24), normal(24)
-    names = run(layers(norm), *args, rtol=1e-4, atol=1e-3)
+    names = run(layers(norm), *args, rtol=2e-5, atol=1e-3)  # of up to 2,600, in sums of 600 terms in another order
     assert names.count("zeros") == 1 and names.count("norm_gradient") == 3 and set(cuda) <= {("norm", True), ("columns", True)}
     plan = rewrite(plan_of(Case("layers", layers(norm), args)))
     steps = [step for step in plan.steps if "first_word" in step.attributes]
